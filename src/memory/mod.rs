@@ -1,0 +1,11 @@
+//! Guest memory as numbers: addresses that cannot be mixed up, the RAM map, sets of pages.
+//!
+//! Nothing here maps or touches memory; that is [`crate::sys`] and `vmm::memory`.
+
+mod address;
+mod map;
+mod pages;
+
+pub use address::{GuestPhysAddr, LocalAddr, PAGE_BYTES, PageIndex, VmmAddr};
+pub use map::{MAX_REGIONS, RamMap, RamMapError, RamRegion};
+pub use pages::{PageRun, PageSet};

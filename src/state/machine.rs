@@ -1,0 +1,76 @@
+//! What a machine is, as far as another host must know it before anything is sent.
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::RamMap;
+
+/// A machine as its `vmrun` describes it. The receiver's `vmrun` makes itself the same, or names
+/// everything that it cannot ([`Problem`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDescription {
+    /// The name given by `--name`.
+    pub name: String,
+    /// Random, made at boot, kept through every migration.
+    pub uuid: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest RAM.
+    pub ram: RamMap,
+    /// The CPUID table of vCPU 0 (the others differ in their APIC id only).
+    pub cpuid: Vec<CpuidEntry>,
+    /// The MSRs that the saved state will hold, by index.
+    pub msrs: Vec<u32>,
+    /// The KVM capabilities that the saved state relies on, by the name in `linux/kvm.h`.
+    pub capabilities: Vec<String>,
+    /// The guest's TSC.
+    pub tsc: TscFrequency,
+    /// The bytes of the XSAVE area (KVM_CAP_XSAVE2, or 4096).
+    pub xsave_bytes: u32,
+    /// Every device with a saved state.
+    pub devices: Vec<DeviceDescription>,
+}
+
+/// One line of a CPUID table, as KVM_SET_CPUID2 takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // the registers' own names
+pub struct CpuidEntry {
+    /// The leaf.
+    pub function: u32,
+    /// The subleaf, where `flags` says that it counts (KVM_CPUID_FLAG_SIGNIFCANT_INDEX).
+    pub index: u32,
+    pub flags: u32,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
+/// How fast the guest's TSC runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TscFrequency {
+    /// KVM_GET_TSC_KHZ.
+    pub khz: u32,
+}
+
+/// One device of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceDescription {
+    /// The id that `--remap ID=VALUE` names, unique in the machine.
+    pub id: String,
+    /// The kind of its saved state.
+    pub kind: String,
+    /// The newest version of its saved state that is written.
+    pub version: u32,
+    /// What it is backed by on the host (`stdio`, `file:PATH`, …), if anything.
+    pub host: Option<String>,
+}
+
+/// One reason why a host cannot take a machine. Preflight lists them all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What it concerns, for machines: `ram`, `vcpus`, `cpuid`, `msr`, `capability`, `tsc`, `xsave`, `device`.
+    pub topic: String,
+    /// The whole sentence, for people: what is missing, by name, and on which side.
+    pub text: String,
+}
