@@ -1,0 +1,1 @@
+//! Shared flags and units, progress line, JSON events, exit codes.

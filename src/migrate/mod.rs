@@ -1,0 +1,1 @@
+//! The movers: what `vmsend` and `vmrecv` do.

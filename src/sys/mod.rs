@@ -1,0 +1,3 @@
+//! System calls that the ecosystem's crates do not wrap: the unsafe FFI lives here (and in
+//! `vmm::memory`) and nowhere else.
+#![allow(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Byte streams between two hosts: addresses, connecting, deadlines, framed channels.

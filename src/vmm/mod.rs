@@ -1,0 +1,1 @@
+//! The virtual machine: KVM, vCPU threads, boot, devices, saving and restoring.

@@ -1,0 +1,1 @@
+//! The stream format: frames, messages, limits. No sockets in here.
