@@ -2,3 +2,6 @@
 
 pub mod convergence;
 pub mod ram;
+pub mod outcome;
+pub mod placer;
+pub mod queue;

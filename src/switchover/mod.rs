@@ -14,6 +14,8 @@
 //! - S6: a duplicate changes nothing, a stale message is refused.
 
 mod dest;
+#[cfg(test)]
+mod model;
 mod ownership;
 mod source;
 
