@@ -85,7 +85,11 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     let outlooks: Vec<Duration> =
         (1..=history.len()).filter_map(|n| expected_downtime(&history[..n], fixed)).collect();
     if now <= policy.downtime {
-        return if worth_another(&outlooks, fixed, policy) { Decision::Continue } else { Decision::SwitchOver };
+        return if worth_another(&outlooks, fixed, policy) {
+            Decision::Continue
+        } else {
+            Decision::SwitchOver
+        };
     }
     let why = if policy.timeout.is_some_and(|t| elapsed >= t) {
         format!("--timeout {} has passed", humantime::format_duration(policy.timeout.unwrap_or_default()))
@@ -98,7 +102,9 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     };
     match policy.on_timeout {
         OnTimeout::Force => Decision::SwitchOver,
-        OnTimeout::Cancel => Decision::GiveUp(format!("did not converge: {why}; {}", figures(history, now, policy))),
+        OnTimeout::Cancel => {
+            Decision::GiveUp(format!("did not converge: {why}; {}", figures(history, now, policy)))
+        }
     }
 }
 
@@ -142,7 +148,13 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn policy() -> Policy {
-        Policy { downtime: 300 * MS, timeout: None, max_passes: None, on_timeout: OnTimeout::Cancel, switch_now: false }
+        Policy {
+            downtime: 300 * MS,
+            timeout: None,
+            max_passes: None,
+            on_timeout: OnTimeout::Cancel,
+            switch_now: false,
+        }
     }
 
     fn pass(pages: u64, ms: u32, dirty: u64) -> PassReport {

@@ -84,7 +84,9 @@ impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Moved => "the destination has the guest",
-            Self::Failed | Self::NotConverged | Self::PeerFailed | Self::Signalled(_) => "the source has the guest",
+            Self::Failed | Self::NotConverged | Self::PeerFailed | Self::Signalled(_) => {
+                "the source has the guest"
+            }
             Self::Unsuitable => "the source has the guest, untouched",
             Self::Resumable => "nobody runs the guest; `vmsend --resume` goes on",
             Self::Unknown => "nobody runs the guest, and the destination may have: decide with vmctl",

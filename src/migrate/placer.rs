@@ -83,7 +83,11 @@ impl Placer {
     }
 
     /// Calls `f` for the parts of `run` region by region.
-    fn for_spans(&self, run: PageRun, mut f: impl FnMut(super::ram::Span) -> io::Result<()>) -> io::Result<()> {
+    fn for_spans(
+        &self,
+        run: PageRun,
+        mut f: impl FnMut(super::ram::Span) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut rest = run;
         while rest.pages > 0 {
             let span = self.ram.span(rest).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;

@@ -41,7 +41,10 @@ impl Ram {
         for (file, region) in files.iter().zip(map.regions()) {
             let have = file.metadata()?.len();
             if have < region.bytes {
-                return wrong(format!("the memfd of RAM region {} has {have} of {} bytes", region.start, region.bytes));
+                return wrong(format!(
+                    "the memfd of RAM region {} has {have} of {} bytes",
+                    region.start, region.bytes
+                ));
             }
         }
         Ok(Self { map, files })
@@ -166,7 +169,8 @@ mod tests {
         .unwrap();
         let fds = (0..2)
             .map(|_| {
-                let fd = nix::sys::memfd::memfd_create(c"test-ram", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+                let fd = nix::sys::memfd::memfd_create(c"test-ram", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+                    .unwrap();
                 nix::unistd::ftruncate(&fd, 1 << 20).unwrap();
                 fd
             })

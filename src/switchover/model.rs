@@ -3,7 +3,9 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use super::{Attempt, DestAction, DestInput, DestStep, Ownership, SessionId, SourceAction, SourceInput, SourceStep};
+use super::{
+    Attempt, DestAction, DestInput, DestStep, Ownership, SessionId, SourceAction, SourceInput, SourceStep,
+};
 
 const SESSION: SessionId = SessionId([7; 16]);
 /// How often the link may be lost in one history.
@@ -85,7 +87,10 @@ impl World {
         let (step, actions) = self.source_step.on(input);
         self.source_step = step;
         let attempt = self.source.attempt().unwrap();
-        if mutant == Mutant::ResumeOnLoss && input == SourceInput::LinkLost && step == SourceStep::AwaitRunning {
+        if mutant == Mutant::ResumeOnLoss
+            && input == SourceInput::LinkLost
+            && step == SourceStep::AwaitRunning
+        {
             self.source = Ownership::Sole { arrived: None, sending: Some(attempt) };
             self.source_step = SourceStep::Back;
             return;
