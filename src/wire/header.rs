@@ -112,12 +112,8 @@ frame_types! {
 }
 
 /// Numbers that are set aside for postcopy (docs/protocol.md), and refused by name until then.
-const RESERVED: &[(u16, &str)] = &[
-    (64, "DISCARD"),
-    (65, "PAGE_REQUEST"),
-    (66, "RECEIVED"),
-    (67, "RESUME_AT"),
-];
+const RESERVED: &[(u16, &str)] =
+    &[(64, "DISCARD"), (65, "PAGE_REQUEST"), (66, "RECEIVED"), (67, "RESUME_AT")];
 
 /// A checked header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,10 +263,7 @@ mod tests {
     fn lies_are_named() {
         let good = sample().encode();
         assert!(matches!(Header::decode(&resealed(good, 0, b"HTTP")), Err(HeaderError::Magic(_))));
-        assert_eq!(
-            Header::decode(&resealed(good, 4, &[200, 0])),
-            Err(HeaderError::UnknownType(200))
-        );
+        assert_eq!(Header::decode(&resealed(good, 4, &[200, 0])), Err(HeaderError::UnknownType(200)));
         assert_eq!(
             Header::decode(&resealed(good, 4, &[65, 0])),
             Err(HeaderError::Reserved(65, "PAGE_REQUEST"))

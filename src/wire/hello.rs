@@ -115,7 +115,9 @@ mod tests {
 
     #[test]
     fn the_newest_common_version_is_taken() {
-        for (min, max, version) in [(1, 2, Some(2)), (3, 9, Some(4)), (3, 3, Some(3)), (1, 1, None), (5, 9, None)] {
+        for (min, max, version) in
+            [(1, 2, Some(2)), (3, 9, Some(4)), (3, 3, Some(3)), (1, 1, None), (5, 9, None)]
+        {
             let got = negotiate(&hello(min, max, &[]), &ours()).map(|a| a.version).ok();
             assert_eq!(got, version, "{min} to {max}");
         }

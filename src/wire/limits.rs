@@ -29,10 +29,7 @@ pub fn max_payload(kind: FrameType) -> u32 {
         FrameType::Pages => MAX_PAGES_PAYLOAD_BYTES,
         FrameType::State => MAX_STATE_BYTES,
         FrameType::Ping | FrameType::Pong => 8,
-        FrameType::Accepted
-        | FrameType::Run
-        | FrameType::Revoke
-        | FrameType::Revoked => 0,
+        FrameType::Accepted | FrameType::Run | FrameType::Revoke | FrameType::Revoked => 0,
         FrameType::Hello
         | FrameType::HelloAck
         | FrameType::Refused

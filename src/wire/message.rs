@@ -416,13 +416,11 @@ impl Message {
 }
 
 fn json<T: Serialize>(kind: FrameType, value: &T) -> Result<Vec<u8>, MessageError> {
-    serde_json::to_vec(value)
-        .map_err(|e| MessageError::Unwritable { kind, cause: e.to_string() })
+    serde_json::to_vec(value).map_err(|e| MessageError::Unwritable { kind, cause: e.to_string() })
 }
 
 fn parse<T: DeserializeOwned>(kind: FrameType, payload: &[u8]) -> Result<T, MessageError> {
-    serde_json::from_slice(payload)
-        .map_err(|e| MessageError::Malformed { kind, cause: e.to_string() })
+    serde_json::from_slice(payload).map_err(|e| MessageError::Malformed { kind, cause: e.to_string() })
 }
 
 fn empty(kind: FrameType, payload: &[u8], message: Message) -> Result<Message, MessageError> {

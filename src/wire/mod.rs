@@ -13,7 +13,7 @@ mod pages;
 pub use header::{FrameType, HEADER_BYTES, Header, HeaderError, MAGIC};
 pub use hello::{Agreed, MUST_PREFIX, Supported, VERSION, negotiate};
 pub use message::{
-    Abort, Done, End, Hello, HelloAck, JsonBody, Message, MessageError, PassDone, Problem, Ready,
-    Refused, RefusedCode, ResumePhase, Running, Side,
+    Abort, Done, End, Hello, HelloAck, JsonBody, Message, MessageError, PassDone, Problem, Ready, Refused,
+    RefusedCode, ResumePhase, Running, Side,
 };
 pub use pages::{PAGES_HEAD_BYTES, RUN_BYTES, Run, RunKind, RunTable, TableError};

@@ -153,9 +153,7 @@ impl RunTable {
         }
         match kind {
             RunKind::Zero => u32::MAX,
-            RunKind::Data => {
-                ((u64::from(MAX_PAGE_DATA_BYTES) - self.data_bytes) / PAGE_BYTES) as u32
-            }
+            RunKind::Data => ((u64::from(MAX_PAGE_DATA_BYTES) - self.data_bytes) / PAGE_BYTES) as u32,
         }
     }
 
@@ -203,10 +201,7 @@ impl RunTable {
 
     /// Bytes of the table that follows `head`, the first [`PAGES_HEAD_BYTES`] of a PAGES payload of
     /// `payload_bytes`.
-    pub fn table_bytes(
-        head: &[u8; PAGES_HEAD_BYTES],
-        payload_bytes: u32,
-    ) -> Result<usize, TableError> {
+    pub fn table_bytes(head: &[u8; PAGES_HEAD_BYTES], payload_bytes: u32) -> Result<usize, TableError> {
         let raw: RawHead = zerocopy::transmute!(*head);
         let runs = raw.runs.get();
         match runs {
@@ -231,12 +226,7 @@ impl RunTable {
     /// Takes the table of a PAGES frame whose data part has `data_bytes`, for a guest with
     /// `total_pages` of RAM, into `self` (whose allocation is used again). `table` has the length
     /// that [`RunTable::table_bytes`] gave.
-    pub fn decode_into(
-        &mut self,
-        table: &[u8],
-        data_bytes: u64,
-        total_pages: u64,
-    ) -> Result<(), TableError> {
+    pub fn decode_into(&mut self, table: &[u8], data_bytes: u64, total_pages: u64) -> Result<(), TableError> {
         self.clear();
         let runs = <[RawRun]>::ref_from_bytes(table)
             .map_err(|_| TableError::Truncated { payload: table.len(), runs: 0 })?;
