@@ -1,3 +1,6 @@
 //! System calls that the ecosystem's crates do not wrap: the unsafe FFI lives here (and in
 //! `vmm::memory`) and nowhere else.
 #![allow(unsafe_code)]
+
+pub mod fdpass;
+pub mod memfd;
