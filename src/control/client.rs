@@ -188,10 +188,13 @@ impl Client {
             let (answer, fds) = self.answer(id, &asked, pending.as_deref())?;
             match answer.outcome {
                 Outcome::Pending(why) => pending = Some(why),
-                Outcome::Error(failure) => return Err(ClientError::Refused { path: self.path.clone(), failure }),
+                Outcome::Error(failure) => {
+                    return Err(ClientError::Refused { path: self.path.clone(), failure });
+                }
                 Outcome::Ok(value) => {
-                    let value = serde_json::from_value(value)
-                        .map_err(|e| self.not_control(format!("its answer to {asked} has another form: {e}")))?;
+                    let value = serde_json::from_value(value).map_err(|e| {
+                        self.not_control(format!("its answer to {asked} has another form: {e}"))
+                    })?;
                     return Ok((value, fds));
                 }
             }
@@ -200,7 +203,10 @@ impl Client {
 
     /// The next event, of those that `events` has asked for; `Ok(None)` when none comes in time
     /// (`None`: wait for ever).
-    pub fn next_event<E: DeserializeOwned>(&mut self, timeout: Option<Duration>) -> Result<Option<E>, ClientError> {
+    pub fn next_event<E: DeserializeOwned>(
+        &mut self,
+        timeout: Option<Duration>,
+    ) -> Result<Option<E>, ClientError> {
         let until = timeout.map(|t| Instant::now() + t);
         let value = loop {
             if let Some(value) = self.events.pop_front() {
@@ -211,7 +217,9 @@ impl Client {
                 Some(line) => drop(self.sort(&line)?),
             }
         };
-        serde_json::from_value(value).map(Some).map_err(|e| self.not_control(format!("an event has another form: {e}")))
+        serde_json::from_value(value)
+            .map(Some)
+            .map_err(|e| self.not_control(format!("an event has another form: {e}")))
     }
 
     /// The events as they come, until the connection ends.
@@ -232,7 +240,12 @@ impl Client {
     }
 
     /// Sends the request; gives its name for messages.
-    fn send<Q: Serialize>(&mut self, id: u64, request: &Q, fds: &[BorrowedFd<'_>]) -> Result<String, ClientError> {
+    fn send<Q: Serialize>(
+        &mut self,
+        id: u64,
+        request: &Q,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<String, ClientError> {
         let io = |source| ClientError::Io { path: self.path.clone(), source };
         let mut owned = Vec::new();
         for fd in fds {
@@ -262,7 +275,12 @@ impl Client {
     }
 
     /// Waits for the next answer to call `id`.
-    fn answer(&mut self, id: u64, asked: &str, pending: Option<&str>) -> Result<(Answer, Vec<OwnedFd>), ClientError> {
+    fn answer(
+        &mut self,
+        id: u64,
+        asked: &str,
+        pending: Option<&str>,
+    ) -> Result<(Answer, Vec<OwnedFd>), ClientError> {
         let until = Instant::now() + self.timeout;
         loop {
             let Some(line) = self.line(Some(until), asked)? else {
@@ -282,7 +300,8 @@ impl Client {
 
     /// An answer, or `None` for an event, which is kept.
     fn sort(&mut self, line: &[u8]) -> Result<Option<Answer>, ClientError> {
-        let value: Value = serde_json::from_slice(line).map_err(|e| self.not_control(format!("it says no JSON: {e}")))?;
+        let value: Value =
+            serde_json::from_slice(line).map_err(|e| self.not_control(format!("it says no JSON: {e}")))?;
         if value.get("id").is_none() && value.get("event").is_some() {
             if self.events.len() == MAX_KEPT_EVENTS {
                 self.events.pop_front();
@@ -290,7 +309,9 @@ impl Client {
             self.events.push_back(value);
             return Ok(None);
         }
-        serde_json::from_value(value).map(Some).map_err(|e| self.not_control(format!("it says no answer: {e}")))
+        serde_json::from_value(value)
+            .map(Some)
+            .map_err(|e| self.not_control(format!("it says no answer: {e}")))
     }
 
     /// The next line; `None` when the time is up.
@@ -308,7 +329,9 @@ impl Client {
                 Ok(ReadOutcome::End) => {
                     return Err(ClientError::Gone { path: self.path.clone(), request: asked.to_owned() });
                 }
-                Err(LineError::Io(source)) => return Err(ClientError::Io { path: self.path.clone(), source }),
+                Err(LineError::Io(source)) => {
+                    return Err(ClientError::Io { path: self.path.clone(), source });
+                }
                 Err(other) => return Err(self.not_control(other.to_string())),
             }
         }
@@ -360,7 +383,9 @@ fn open(path: &Path) -> Result<UnixStream, ClientError> {
     let none = |why: &str| ClientError::NoServer { path: path.to_owned(), why: why.to_owned() };
     let stream = UnixStream::connect(path).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => none("no such control socket"),
-        io::ErrorKind::PermissionDenied => none("this control socket belongs to someone else (permission denied)"),
+        io::ErrorKind::PermissionDenied => {
+            none("this control socket belongs to someone else (permission denied)")
+        }
         io::ErrorKind::ConnectionRefused => match std::fs::metadata(path) {
             Ok(meta) if !meta.file_type().is_socket() => none("this is no socket"),
             _ => none("nobody listens on this socket: the program that made it has ended"),

@@ -33,7 +33,14 @@ pub(super) struct Connection {
 
 impl Connection {
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, reader: LineReader::default(), writer: LineWriter::default(), client: None, ended: false, end_reported: false }
+        Self {
+            stream,
+            reader: LineReader::default(),
+            writer: LineWriter::default(),
+            client: None,
+            ended: false,
+            end_reported: false,
+        }
     }
 
     pub fn ended(&self) -> bool {
@@ -50,7 +57,8 @@ impl Connection {
 
     /// What epoll should watch for.
     pub fn interest(&self) -> EpollFlags {
-        let read = if self.ended { EpollFlags::empty() } else { EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP };
+        let read =
+            if self.ended { EpollFlags::empty() } else { EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP };
         let write = if self.writer.is_empty() { EpollFlags::empty() } else { EpollFlags::EPOLLOUT };
         read | write
     }
@@ -114,7 +122,8 @@ impl Connection {
         let promised = value.get("fds").and_then(serde_json::Value::as_u64).unwrap_or(0);
         let fds = u32::try_from(promised).ok().and_then(|n| self.reader.take_fds(n));
         let call: Call<R> = serde_json::from_value(value).map_err(|e| usage(e.to_string()))?;
-        let fds = fds.ok_or_else(|| usage(format!("the line says {promised} file descriptors, fewer came")))?;
+        let fds =
+            fds.ok_or_else(|| usage(format!("the line says {promised} file descriptors, fewer came")))?;
         if let Some((version, client)) = call.request.hello() {
             if version == CONTROL_VERSION {
                 self.client = Some(client.chars().filter(|c| !c.is_control()).take(64).collect());

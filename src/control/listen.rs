@@ -79,7 +79,8 @@ impl ListenSocket {
             e => io("use the path", e.into()),
         })?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(|e| io("open a socket", e.into()))?;
+        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+            .map_err(|e| io("open a socket", e.into()))?;
         // The mode of the socket before bind(2) is the most that its file gets (Linux): so the file
         // is never open to others, whatever the umask is.
         fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| io("set its mode", e.into()))?;
@@ -90,7 +91,10 @@ impl ListenSocket {
             Ok(()) => {}
             Err(Errno::EADDRINUSE) => {
                 if lock.is_none() {
-                    return Err(io("replace it", io::Error::other("its directory stays locked by another program")));
+                    return Err(io(
+                        "replace it",
+                        io::Error::other("its directory stays locked by another program"),
+                    ));
                 }
                 clear_dead(path)?;
                 bind(fd.as_raw_fd(), &address).map_err(|e| io("bind", e.into()))?;
@@ -108,7 +112,9 @@ impl ListenSocket {
         use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => return Ok(Accepted::Nobody),
+            Err(e) if matches!(e.kind(), WouldBlock | ConnectionAborted | Interrupted) => {
+                return Ok(Accepted::Nobody);
+            }
             Err(e) => return Err(e),
         };
         stream.set_nonblocking(true)?;
@@ -119,7 +125,6 @@ impl ListenSocket {
             Ok(Accepted::Foreign(peer.uid()))
         }
     }
-
 }
 
 impl AsFd for ListenSocket {
@@ -155,7 +160,9 @@ fn clear_dead(path: &Path) -> Result<(), BindError> {
         }
         // Its backlog is full: someone is there.
         Err(Errno::EAGAIN) => Err(BindError::Taken { path: path.to_owned(), pid: 0 }),
-        Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(|e| io("replace the one that a dead program left", e)),
+        Err(Errno::ECONNREFUSED) => {
+            fs::remove_file(path).map_err(|e| io("replace the one that a dead program left", e))
+        }
         Err(e) => Err(io("ask who is there", e.into())),
     }
 }

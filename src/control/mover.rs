@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn a_setting_that_is_not_named_stays() {
-        let call: Call<MoverRequest> = serde_json::from_str(r#"{"id":1,"cmd":"set","downtime_ms":50}"#).unwrap();
+        let call: Call<MoverRequest> =
+            serde_json::from_str(r#"{"id":1,"cmd":"set","downtime_ms":50}"#).unwrap();
         assert_eq!(call.request, MoverRequest::Set { downtime_ms: Some(50), bandwidth_bytes_per_s: None });
     }
 }

@@ -137,7 +137,8 @@ impl<R: ControlRequest> Server<R> {
     /// Sends the final answer with descriptors.
     pub fn answer<T: Serialize>(&mut self, to: ReplyTo, outcome: Result<T, Failure>, fds: Vec<OwnedFd>) {
         let outcome = outcome.and_then(|value| {
-            serde_json::to_value(value).map_err(|e| Failure::new(FailureCode::Failed, format!("cannot write the answer: {e}")))
+            serde_json::to_value(value)
+                .map_err(|e| Failure::new(FailureCode::Failed, format!("cannot write the answer: {e}")))
         });
         match outcome {
             Ok(value) => self.reply(to, Outcome::Ok(value), fds),
@@ -208,7 +209,9 @@ impl<R: ControlRequest> Server<R> {
     fn serve(&mut self, key: u64, events: EpollFlags, found: &mut Vec<Incoming<R>>) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         let id = ConnectionId(key);
-        if events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+        if events.intersects(
+            EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR,
+        ) {
             for parsed in connection.read::<R>() {
                 match parsed {
                     Parsed::Hello { id, version } => {
@@ -216,7 +219,11 @@ impl<R: ControlRequest> Server<R> {
                         connection.reply(Answer { id, fds: 0, outcome }, Vec::new());
                     }
                     Parsed::Call { id: call, request, fds } => {
-                        found.push(Incoming::Call { reply: ReplyTo { connection: id, id: call }, request, fds });
+                        found.push(Incoming::Call {
+                            reply: ReplyTo { connection: id, id: call },
+                            request,
+                            fds,
+                        });
                     }
                 }
             }
@@ -248,7 +255,9 @@ impl<R: ControlRequest> Server<R> {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         connection.push(line, fds);
         connection.flush();
-        if connection.waiting_bytes() > MAX_WAITING_BYTES || connection.ended() && connection.waiting_bytes() == 0 {
+        if connection.waiting_bytes() > MAX_WAITING_BYTES
+            || connection.ended() && connection.waiting_bytes() == 0
+        {
             self.doomed.insert(key);
         }
         self.watch(key);
@@ -295,7 +304,9 @@ impl<R> AsFd for Server<R> {
 
 fn hello(program: &str, version: u32) -> Outcome {
     if version != CONTROL_VERSION {
-        let why = format!("{program} speaks version {CONTROL_VERSION} of the control protocol, the client version {version}");
+        let why = format!(
+            "{program} speaks version {CONTROL_VERSION} of the control protocol, the client version {version}"
+        );
         return Outcome::Error(Failure::new(FailureCode::Usage, why));
     }
     let hello = Hello {

@@ -4,3 +4,4 @@
 
 pub mod fdpass;
 pub mod memfd;
+pub mod view;

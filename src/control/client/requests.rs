@@ -6,7 +6,9 @@ use serde::de::DeserializeOwned;
 
 use super::{Client, ClientError};
 use crate::control::mover::{MoverProgress, MoverRequest, MoverSettings};
-use crate::control::{Attached, DirtyPages, Imported, Prepared, RamLayout, Remap, Request, StateBlob, Status};
+use crate::control::{
+    Attached, DirtyPages, Imported, Prepared, RamLayout, Remap, Request, StateBlob, Status,
+};
 use crate::memory::PageRun;
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, OperatorWord, SessionId};
@@ -145,7 +147,12 @@ impl Client {
     }
 
     /// `import`: `state` is a memfd with `bytes` bytes of state.
-    pub fn import(&mut self, attempt: Attempt, state: impl AsFd, bytes: u64) -> Result<Imported, ClientError> {
+    pub fn import(
+        &mut self,
+        attempt: Attempt,
+        state: impl AsFd,
+        bytes: u64,
+    ) -> Result<Imported, ClientError> {
         self.call(&Request::Import { attempt, bytes }, &[state.as_fd()]).map(|(value, _)| value)
     }
 
