@@ -2,4 +2,6 @@
 //! `vmm::memory`) and nowhere else.
 #![allow(unsafe_code)]
 
+pub mod fdpass;
+pub mod memfd;
 pub mod view;
