@@ -1,3 +1,8 @@
 //! System calls that the ecosystem's crates do not wrap: the unsafe FFI lives here (and in
 //! `vmm::memory`) and nowhere else.
 #![allow(unsafe_code)]
+
+pub mod kick;
+pub mod kvm_ext;
+pub mod memfd;
+pub mod pod;
