@@ -15,9 +15,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 #[cfg(test)]
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::VmmError;
 use crate::memory::{GuestPhysAddr, RamMap, RamRegion, VmmAddr};

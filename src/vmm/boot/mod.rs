@@ -1,5 +1,6 @@
 //! Loading a kernel: PVH ELF or bzImage, from a file or built in, with initrd and command line.
 
+mod builtin;
 mod bzimage;
 mod elf;
 pub mod layout;
@@ -139,12 +140,14 @@ fn load_initrd(ram: &GuestRam, config: &BootConfig<'_>, kernel_end: u64) -> Resu
 }
 
 /// The names of the built-in kernels.
-pub const BUILTIN_NAMES: &[&str] = &[];
+pub const BUILTIN_NAMES: &[&str] = &["heartbeat"];
 
 /// The built-in kernel of that name.
-fn builtin_kernel(_name: &str) -> Option<&'static [u8]> {
-    None
+fn builtin_kernel(name: &str) -> Option<&'static [u8]> {
+    (name == "heartbeat").then_some(builtin::HEARTBEAT_ELF)
 }
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(in crate::vmm) use tests::elf as test_elf;

@@ -114,11 +114,6 @@ impl Checker {
 }
 
 impl VcpuImage {
-    /// The number of the vCPU.
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
     /// Sets everything, on the thread that runs the vCPU.
     ///
     /// The order matters: CPUID first, since it decides what the rest may hold; special registers
