@@ -118,8 +118,7 @@ impl RamMap {
 
     /// Where the guest sees `page`; `None` past the end.
     pub fn address_of(&self, page: PageIndex) -> Option<GuestPhysAddr> {
-        self.locate(page)
-            .map(|(i, offset)| GuestPhysAddr(self.regions[i].start.0 + offset))
+        self.locate(page).map(|(i, offset)| GuestPhysAddr(self.regions[i].start.0 + offset))
     }
 
     /// The index of the first page of region `i` (which must exist).
@@ -170,10 +169,7 @@ mod tests {
             RamMap::new(vec![region(0, 1 << 20), region(1 << 18, 1 << 20)]),
             Err(RamMapError::Overlap(_))
         ));
-        assert!(matches!(
-            RamMap::new(vec![region(u64::MAX << 18, 1 << 20)]),
-            Err(RamMapError::TooLarge(_))
-        ));
+        assert!(matches!(RamMap::new(vec![region(u64::MAX << 18, 1 << 20)]), Err(RamMapError::TooLarge(_))));
         assert!(matches!(RamMap::new(vec![region(0, 1 << 20); 17]), Err(RamMapError::TooMany(17))));
     }
 }

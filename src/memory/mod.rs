@@ -3,9 +3,11 @@
 //! Nothing here maps or touches memory; that is [`crate::sys`] and `vmm::memory`.
 
 mod address;
+mod atomic;
 mod map;
 mod pages;
 
 pub use address::{GuestPhysAddr, LocalAddr, PAGE_BYTES, PageIndex, VmmAddr};
+pub use atomic::AtomicPageSet;
 pub use map::{MAX_REGIONS, RamMap, RamMapError, RamRegion};
 pub use pages::{PageRun, PageSet};

@@ -1,6 +1,7 @@
 //! A set of pages as a bitmap, in the layout of KVM's dirty log (little-endian 64-bit words).
 
 use super::PageIndex;
+use super::atomic::words_of;
 
 /// A run of consecutive pages, at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,12 +82,16 @@ impl PageSet {
 
     /// Adds every page of `run` that is within the capacity.
     pub fn insert_run(&mut self, run: PageRun) {
-        self.for_words(run, |word, mask| *word |= mask);
+        for (word, mask) in words_of(run, self.capacity) {
+            self.words[word] |= mask;
+        }
     }
 
     /// Takes every page of `run` out.
     pub fn remove_run(&mut self, run: PageRun) {
-        self.for_words(run, |word, mask| *word &= !mask);
+        for (word, mask) in words_of(run, self.capacity) {
+            self.words[word] &= !mask;
+        }
     }
 
     /// Adds every page of `other`, which has the same capacity.
@@ -140,16 +145,9 @@ impl PageSet {
         }
     }
 
-    fn for_words(&mut self, run: PageRun, mut change: impl FnMut(&mut u64, u64)) {
-        let end = run.first.0.saturating_add(run.pages).min(self.capacity);
-        let mut at = run.first.0;
-        while at < end {
-            let upto = end.min((at / 64 + 1) * 64);
-            let ones = upto - at;
-            let mask = if ones == 64 { u64::MAX } else { ((1 << ones) - 1) << (at % 64) };
-            change(&mut self.words[(at / 64) as usize], mask);
-            at = upto;
-        }
+    /// Adds the pages whose bits are set in `bits` of word `word`, which must be in range.
+    pub(super) fn insert_word(&mut self, word: usize, bits: u64) {
+        self.words[word] |= bits;
     }
 }
 

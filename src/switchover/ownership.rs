@@ -160,9 +160,7 @@ impl Ownership {
     /// `Sole` → `Sole{sending}`; gives the session that this one supersedes.
     pub fn attach(&mut self, session: SessionId) -> Result<Option<Attempt>, Refusal> {
         match self {
-            Self::Sole { sending, .. } => {
-                Ok(sending.replace(Attempt { session, epoch: 1 }))
-            }
+            Self::Sole { sending, .. } => Ok(sending.replace(Attempt { session, epoch: 1 })),
             _ => Err(self.not_now("a new migration")),
         }
     }
@@ -338,10 +336,16 @@ impl fmt::Display for Ownership {
             Self::Empty { .. } => f.write_str("holds no guest"),
             Self::Loading { attempt } => write!(f, "is loading a guest (session {})", attempt.session),
             Self::InDoubt { attempt } => {
-                write!(f, "holds an acknowledged guest and waits for the source's word (session {})", attempt.session)
+                write!(
+                    f,
+                    "holds an acknowledged guest and waits for the source's word (session {})",
+                    attempt.session
+                )
             }
             Self::Sole { sending: None, .. } => f.write_str("owns its guest"),
-            Self::Sole { sending: Some(a), .. } => write!(f, "owns its guest and is sending it (session {})", a.session),
+            Self::Sole { sending: Some(a), .. } => {
+                write!(f, "owns its guest and is sending it (session {})", a.session)
+            }
             Self::Committed { attempt, dest } => {
                 write!(f, "has committed its guest to {dest} (session {})", attempt.session)
             }

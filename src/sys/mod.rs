@@ -6,3 +6,4 @@ pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
+pub mod view;

@@ -1,0 +1,214 @@
+//! When to switch over: a pure function of what the passes have shown so far.
+//!
+//! A pass sends what was dirtied during the pass before it. If a pass takes less time than the one
+//! before, less is dirtied meanwhile, and so on until a floor that the guest's dirty rate and the
+//! link's bandwidth set. `--downtime` is the most that the guest may stand still; below it, further
+//! passes are made as long as each of them pays off, for the best moment is not the first one.
+
+use std::time::Duration;
+
+/// What one finished pass has shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassReport {
+    /// Pages that were looked at (data and zero).
+    pub pages: u64,
+    /// Bytes that went onto the wire.
+    pub wire_bytes: u64,
+    /// From the first page to the receiver's word that it has placed the last.
+    pub elapsed: Duration,
+    /// Pages dirtied meanwhile: what the next pass would send.
+    pub dirty_after_pages: u64,
+}
+
+/// What the operator wants; may change while the migration runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// The longest downtime that is acceptable.
+    pub downtime: Duration,
+    /// After this long, `on_timeout` decides.
+    pub timeout: Option<Duration>,
+    /// After this many passes, `on_timeout` decides.
+    pub max_passes: Option<u32>,
+    /// What happens then, or when the passes stop getting better.
+    pub on_timeout: OnTimeout,
+    /// The operator wants it now.
+    pub switch_now: bool,
+}
+
+/// What to do when precopy does not reach the downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// Give up; the guest stays.
+    Cancel,
+    /// Switch over all the same, whatever the downtime.
+    Force,
+}
+
+/// What to do after a pass.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Send another pass.
+    Continue,
+    /// Pause the guest and finish.
+    SwitchOver,
+    /// Stop: the sentence says why, with the figures.
+    GiveUp(String),
+}
+
+/// Passes in a row without a better outlook after which precopy counts as stalled.
+const STALLED_PASSES: usize = 8;
+/// A pass pays off when it shortens the expected downtime to less than this part of what it was.
+const PAYS_OFF: f64 = 0.8;
+/// Below this no further pass is worth its bytes.
+const GOOD_ENOUGH: Duration = Duration::from_millis(2);
+/// How many passes are spent on getting better than what was asked for.
+const EXTRA_PASSES: usize = 8;
+
+/// The downtime to expect if the guest were paused now: what is dirty at the bandwidth of the last
+/// pass, and `fixed` for everything that does not depend on pages (pause, export, import).
+/// `None` before the first pass.
+pub fn expected_downtime(history: &[PassReport], fixed: Duration) -> Option<Duration> {
+    let last = history.last()?;
+    let seconds_per_page = last.elapsed.as_secs_f64() / last.pages.max(1) as f64;
+    let pages_time = seconds_per_page * last.dirty_after_pages as f64;
+    Some(fixed + Duration::try_from_secs_f64(pages_time).unwrap_or(Duration::MAX / 2))
+}
+
+/// Decides what follows the last pass of `history`. `elapsed` is the time since the start.
+pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy: &Policy) -> Decision {
+    let Some(now) = expected_downtime(history, fixed) else {
+        return Decision::Continue;
+    };
+    if policy.switch_now {
+        return Decision::SwitchOver;
+    }
+    let outlooks: Vec<Duration> =
+        (1..=history.len()).filter_map(|n| expected_downtime(&history[..n], fixed)).collect();
+    if now <= policy.downtime {
+        return if worth_another(&outlooks, fixed, policy) {
+            Decision::Continue
+        } else {
+            Decision::SwitchOver
+        };
+    }
+    let why = if policy.timeout.is_some_and(|t| elapsed >= t) {
+        format!("--timeout {} has passed", humantime::format_duration(policy.timeout.unwrap_or_default()))
+    } else if policy.max_passes.is_some_and(|n| history.len() >= n as usize) {
+        format!("{} passes were made", history.len())
+    } else if stalled(&outlooks) {
+        format!("{STALLED_PASSES} passes brought no improvement")
+    } else {
+        return Decision::Continue;
+    };
+    match policy.on_timeout {
+        OnTimeout::Force => Decision::SwitchOver,
+        OnTimeout::Cancel => {
+            Decision::GiveUp(format!("did not converge: {why}; {}", figures(history, now, policy)))
+        }
+    }
+}
+
+/// Within the downtime already: whether one more pass is likely to make it clearly shorter.
+fn worth_another(outlooks: &[Duration], fixed: Duration, policy: &Policy) -> bool {
+    let within = outlooks.iter().rev().take_while(|d| **d <= policy.downtime).count();
+    let [.., before, now] = outlooks else {
+        return outlooks.first().is_some_and(|now| *now > fixed + GOOD_ENOUGH);
+    };
+    within <= EXTRA_PASSES
+        && *now > fixed + GOOD_ENOUGH
+        && now.saturating_sub(fixed).as_secs_f64() < PAYS_OFF * before.saturating_sub(fixed).as_secs_f64()
+}
+
+/// Whether the best outlook of the last passes is no better than what came before them.
+fn stalled(outlooks: &[Duration]) -> bool {
+    let Some(split) = outlooks.len().checked_sub(STALLED_PASSES).filter(|n| *n > 0) else {
+        return false;
+    };
+    let best = |part: &[Duration]| part.iter().min().copied().unwrap_or(Duration::MAX);
+    best(&outlooks[split..]).as_secs_f64() > 0.95 * best(&outlooks[..split]).as_secs_f64()
+}
+
+fn figures(history: &[PassReport], now: Duration, policy: &Policy) -> String {
+    let Some(last) = history.last() else { return String::new() };
+    let seconds = last.elapsed.as_secs_f64().max(1e-6);
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    format!(
+        "the guest dirties {:.0} MiB/s, the link took {:.0} MiB/s, expected downtime {:.0} ms, wanted {:.0} ms",
+        mib(last.dirty_after_pages as f64 * 4096.0) / seconds,
+        mib(last.wire_bytes as f64) / seconds,
+        now.as_secs_f64() * 1e3,
+        policy.downtime.as_secs_f64() * 1e3,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn policy() -> Policy {
+        Policy {
+            downtime: 300 * MS,
+            timeout: None,
+            max_passes: None,
+            on_timeout: OnTimeout::Cancel,
+            switch_now: false,
+        }
+    }
+
+    fn pass(pages: u64, ms: u32, dirty: u64) -> PassReport {
+        PassReport { pages, wire_bytes: pages * 4096, elapsed: ms * MS, dirty_after_pages: dirty }
+    }
+
+    /// A guest that dirties `rate` pages per ms of a set of `set`, over a link of `link` pages per ms.
+    fn simulate(set: u64, rate: u64, link: u64, policy: &Policy) -> (Vec<PassReport>, Decision) {
+        let mut history = Vec::new();
+        let mut pages = 100_000;
+        loop {
+            let ms = (pages / link).max(1);
+            let dirty = (rate * ms).min(set);
+            history.push(pass(pages, ms as u32, dirty));
+            pages = dirty.max(1);
+            let elapsed = history.iter().map(|p| p.elapsed).sum();
+            match decide(&history, elapsed, 5 * MS, policy) {
+                Decision::Continue => assert!(history.len() < 200, "never decides"),
+                other => return (history, other),
+            }
+        }
+    }
+
+    #[test]
+    fn an_idle_guest_goes_at_once() {
+        assert_eq!(decide(&[pass(1000, 10, 0)], 10 * MS, 5 * MS, &policy()), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_guest_slower_than_the_link_goes_at_its_floor_not_at_the_limit() {
+        let (history, decision) = simulate(16_384, 100, 300, &policy());
+        assert_eq!(decision, Decision::SwitchOver);
+        assert!(expected_downtime(&history, 5 * MS).unwrap() < 15 * MS, "{history:?}");
+    }
+
+    #[test]
+    fn a_guest_faster_than_the_link_is_given_up_with_figures_or_forced() {
+        let slow = Policy { downtime: 30 * MS, ..policy() };
+        let (_, decision) = simulate(16_384, 1000, 100, &slow);
+        let Decision::GiveUp(why) = decision else { panic!("{decision:?}") };
+        assert!(why.contains("MiB/s") && why.contains("wanted 30 ms"), "{why}");
+        let forced = Policy { on_timeout: OnTimeout::Force, ..slow };
+        assert_eq!(simulate(16_384, 1000, 100, &forced).1, Decision::SwitchOver);
+    }
+
+    #[test]
+    fn limits_and_the_operators_word() {
+        let history = [pass(100_000, 1000, 90_000)];
+        let at = |elapsed, p: &Policy| decide(&history, elapsed, 5 * MS, p);
+        assert_eq!(at(1000 * MS, &policy()), Decision::Continue);
+        assert_eq!(at(1000 * MS, &Policy { switch_now: true, ..policy() }), Decision::SwitchOver);
+        let timed = Policy { timeout: Some(900 * MS), ..policy() };
+        assert!(matches!(at(1000 * MS, &timed), Decision::GiveUp(why) if why.contains("--timeout 900ms")));
+        let counted = Policy { max_passes: Some(1), ..policy() };
+        assert!(matches!(at(1000 * MS, &counted), Decision::GiveUp(why) if why.contains("1 passes")));
+    }
+}

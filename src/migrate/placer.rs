@@ -1,0 +1,101 @@
+//! Where the receiver puts pages.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::memory::{AtomicPageSet, PageRun};
+
+use super::ram::Ram;
+
+/// Writes what arrives into the guest's RAM and keeps count. Shared by all channels; that two of
+/// them never write one page at once is the source's duty (it waits at the end of each pass), and
+/// a source that breaks it harms its own guest only.
+#[derive(Debug)]
+pub struct Placer {
+    ram: Ram,
+    /// Pages whose memory may hold something other than zero.
+    written: AtomicPageSet,
+    /// Pages of which the source has told the content at least once.
+    covered: AtomicPageSet,
+    covered_pages: AtomicU64,
+    data_pages: AtomicU64,
+    zero_pages: AtomicU64,
+}
+
+impl Placer {
+    /// For RAM that is fresh: every page reads as zero.
+    pub fn new(ram: Ram) -> Self {
+        let pages = ram.map().total_pages();
+        Self {
+            ram,
+            written: AtomicPageSet::new(pages),
+            covered: AtomicPageSet::new(pages),
+            covered_pages: AtomicU64::new(0),
+            data_pages: AtomicU64::new(0),
+            zero_pages: AtomicU64::new(0),
+        }
+    }
+
+    /// The RAM.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Puts `data` (whole pages) to the pages from `run.first` on; `data` fills `run` exactly, and
+    /// `run` is inside the RAM map.
+    pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
+        self.written.insert_run(run);
+        let mut rest = data;
+        self.for_spans(run, |span| {
+            let (now, later) = rest.split_at(span.bytes as usize);
+            rest = later;
+            self.ram.write(span, now)
+        })?;
+        self.cover(run);
+        self.data_pages.fetch_add(run.pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes the pages of `run` zero; costs nothing where nothing was written before.
+    pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
+        if self.written.intersects(run) {
+            for stale in self.written.take_run(run).runs() {
+                self.for_spans(stale, |span| self.ram.zero(span))?;
+            }
+        }
+        self.cover(run);
+        self.zero_pages.fetch_add(run.pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Data pages and zero pages placed so far, repetitions included.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.data_pages.load(Ordering::Relaxed), self.zero_pages.load(Ordering::Relaxed))
+    }
+
+    /// How many pages of RAM have never been told.
+    pub fn missing(&self) -> u64 {
+        self.ram.map().total_pages() - self.covered_pages.load(Ordering::Acquire)
+    }
+
+    fn cover(&self, run: PageRun) {
+        self.covered_pages.fetch_add(self.covered.insert_run(run), Ordering::AcqRel);
+    }
+
+    /// Calls `f` for the parts of `run` region by region.
+    fn for_spans(
+        &self,
+        run: PageRun,
+        mut f: impl FnMut(super::ram::Span) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut rest = run;
+        while rest.pages > 0 {
+            let span = self.ram.span(rest).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+            f(span)?;
+            let pages = span.bytes / crate::memory::PAGE_BYTES;
+            rest.first.0 += pages;
+            rest.pages -= pages;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,211 @@
+//! Guest RAM as a mover holds it: the map and one memfd per region.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek64};
+
+use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap};
+
+/// RAM of a guest that a `vmrun` hosts.
+#[derive(Debug)]
+pub struct Ram {
+    map: RamMap,
+    files: Vec<File>,
+}
+
+/// A run of pages within one region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The region.
+    pub region: usize,
+    /// Byte offset in the region's memfd.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+impl Ram {
+    /// Puts `memfds` to the regions of `map`; an error when they do not fit one another.
+    pub fn new(map: RamMap, memfds: Vec<OwnedFd>) -> io::Result<Self> {
+        let files: Vec<File> = memfds.into_iter().map(File::from).collect();
+        let wrong = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        if files.len() != map.regions().len() {
+            return wrong(format!("{} memfds for {} RAM regions", files.len(), map.regions().len()));
+        }
+        for (file, region) in files.iter().zip(map.regions()) {
+            let have = file.metadata()?.len();
+            if have < region.bytes {
+                return wrong(format!(
+                    "the memfd of RAM region {} has {have} of {} bytes",
+                    region.start, region.bytes
+                ));
+            }
+        }
+        Ok(Self { map, files })
+    }
+
+    /// The map.
+    pub fn map(&self) -> &RamMap {
+        &self.map
+    }
+
+    /// The memfds, in the order of the regions.
+    pub fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    /// The part of `run` that lies in the region of its first page; `None` past the end.
+    pub fn span(&self, run: PageRun) -> Option<Span> {
+        let (region, offset) = self.map.locate(run.first)?;
+        let left = self.map.regions()[region].bytes - offset;
+        Some(Span { region, offset, bytes: run.pages.saturating_mul(PAGE_BYTES).min(left) })
+    }
+
+    /// The pages that have memory behind them; all others are holes, which read as zero. A page
+    /// that gets memory later was written later, and is in the dirty log.
+    pub fn resident(&self) -> io::Result<PageSet> {
+        let mut set = PageSet::new(self.map.total_pages());
+        for (i, (file, region)) in self.files.iter().zip(self.map.regions()).enumerate() {
+            let first = self.map.first_page(i).0;
+            let mut at = 0i64;
+            let end = region.bytes as i64;
+            while at < end {
+                let data = match lseek64(file, at, Whence::SeekData) {
+                    Err(Errno::ENXIO) => break,
+                    other => other?.min(end),
+                };
+                at = lseek64(file, data, Whence::SeekHole)?.min(end);
+                let pages = (at as u64).div_ceil(PAGE_BYTES) - data as u64 / PAGE_BYTES;
+                set.insert_run(PageRun { first: PageIndex(first + data as u64 / PAGE_BYTES), pages });
+            }
+        }
+        Ok(set)
+    }
+
+    /// Writes `data` to `span`. Through the file, not a mapping: a fresh page is then neither
+    /// faulted in nor zeroed first, which is three times as fast.
+    pub fn write(&self, span: Span, data: &[u8]) -> io::Result<()> {
+        self.files[span.region].write_all_at(data, span.offset)
+    }
+
+    /// Makes `span` read as zero and gives its memory back.
+    pub fn zero(&self, span: Span) -> io::Result<()> {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.files[span.region], mode, span.offset as i64, span.bytes as i64)?)
+    }
+
+    /// BLAKE3 over every page that is not zero, with its number: the same on both sides when all
+    /// pages are, whatever is a hole. The guest must stand still. Uses all CPUs.
+    pub fn digest(&self) -> io::Result<String> {
+        const SPAN_PAGES: u64 = 16 << 10;
+        let resident = self.resident()?;
+        let spans = self.map.total_pages().div_ceil(SPAN_PAGES) as usize;
+        let next = AtomicUsize::new(0);
+        let hash_some = || -> io::Result<Vec<(usize, blake3::Hash)>> {
+            let mut done = Vec::new();
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= spans {
+                    return Ok(done);
+                }
+                let first = i as u64 * SPAN_PAGES;
+                done.push((i, self.hash_span(&resident, first, first + SPAN_PAGES)?));
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(spans);
+        let mut hashes = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(hash_some)).collect();
+            let mut all = Vec::new();
+            for worker in workers {
+                let part = worker.join().map_err(|_| io::Error::other("a hashing thread panicked"))?;
+                all.extend(part?);
+            }
+            io::Result::Ok(all)
+        })?;
+        hashes.sort_by_key(|(i, _)| *i);
+        let mut whole = blake3::Hasher::new();
+        for (_, hash) in hashes {
+            whole.update(hash.as_bytes());
+        }
+        Ok(whole.finalize().to_hex().to_string())
+    }
+
+    fn hash_span(&self, resident: &PageSet, first: u64, end: u64) -> io::Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        let mut page = [0u8; PAGE_BYTES as usize];
+        for run in resident.runs_from(PageIndex(first)) {
+            for index in run.first.0..(run.first.0 + run.pages).min(end) {
+                let Some((region, offset)) = self.map.locate(PageIndex(index)) else { break };
+                self.files[region].read_exact_at(&mut page, offset)?;
+                if page.iter().any(|b| *b != 0) {
+                    hasher.update(&index.to_le_bytes());
+                    hasher.update(&page);
+                }
+            }
+            if run.first.0 + run.pages >= end {
+                break;
+            }
+        }
+        Ok(hasher.finalize())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestPhysAddr, RamRegion};
+
+    fn ram() -> Ram {
+        let map = RamMap::new(vec![
+            RamRegion { start: GuestPhysAddr(0), bytes: 1 << 20 },
+            RamRegion { start: GuestPhysAddr(4 << 30), bytes: 1 << 20 },
+        ])
+        .unwrap();
+        let fds = (0..2)
+            .map(|_| {
+                let fd = nix::sys::memfd::memfd_create(c"test-ram", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+                    .unwrap();
+                nix::unistd::ftruncate(&fd, 1 << 20).unwrap();
+                fd
+            })
+            .collect();
+        Ram::new(map, fds).unwrap()
+    }
+
+    fn run(first: u64, pages: u64) -> PageRun {
+        PageRun { first: PageIndex(first), pages }
+    }
+
+    #[test]
+    fn spans_stop_at_the_end_of_a_region() {
+        let ram = ram();
+        assert_eq!(ram.span(run(255, 2)), Some(Span { region: 0, offset: 255 << 12, bytes: 4096 }));
+        assert_eq!(ram.span(run(256, 2)), Some(Span { region: 1, offset: 0, bytes: 8192 }));
+        assert_eq!(ram.span(run(512, 1)), None);
+    }
+
+    #[test]
+    fn holes_zero_pages_and_data_are_told_apart() {
+        let (a, b) = (ram(), ram());
+        assert!(a.resident().unwrap().is_empty());
+        a.write(a.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
+        a.write(a.span(run(3, 2)).unwrap(), &[0; 8192]).unwrap();
+        assert_eq!(a.resident().unwrap().runs().collect::<Vec<_>>(), vec![run(3, 2), run(300, 1)]);
+        assert_ne!(a.digest().unwrap(), b.digest().unwrap());
+        b.write(b.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
+        assert_eq!(a.digest().unwrap(), b.digest().unwrap());
+        b.write(b.span(run(10, 1)).unwrap(), &[1; 4096]).unwrap();
+        b.zero(b.span(run(10, 1)).unwrap()).unwrap();
+        assert_eq!(a.digest().unwrap(), b.digest().unwrap());
+        // The same bytes on another page are another memory.
+        b.write(b.span(run(301, 1)).unwrap(), &[7; 4096]).unwrap();
+        b.zero(b.span(run(300, 1)).unwrap()).unwrap();
+        assert_ne!(a.digest().unwrap(), b.digest().unwrap());
+    }
+}
