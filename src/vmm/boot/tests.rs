@@ -101,11 +101,14 @@ fn a_bzimage_is_loaded_with_its_zero_page() {
     assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x202) as u32, u32::from_le_bytes(*b"HdrS"));
 }
 
+/// Kernel, initrd, command line, and a piece of the message.
+type Case<'a> = (&'a [u8], Option<&'a [u8]>, &'a str, &'a str);
+
 #[test]
 fn what_cannot_be_booted_is_named() {
     let ram = ram(4);
     let good = elf(b"code", 0x1000, true);
-    let cases: &[(&[u8], Option<&[u8]>, &str, &str)] = &[
+    let cases: &[Case<'_>] = &[
         (b"#!/bin/sh", None, "", "is neither an ELF with a PVH note nor a bzImage"),
         (b"", None, "", "is neither an ELF with a PVH note nor a bzImage"),
         (&elf(b"code", 0x1000, false), None, "", "without a PVH note"),

@@ -9,10 +9,10 @@ use kvm_ioctls::VmFd;
 use vm_superio::serial::{SerialEvents, SerialState as ChipState};
 use vm_superio::{Serial, Trigger};
 
+use super::SerialBackend;
 use super::backend::{Keep, Opened};
 use super::input::{self, Gate};
 use super::output::{Output, Writer};
-use super::SerialBackend;
 use crate::state::SerialState;
 use crate::vmm::VmmError;
 
@@ -37,9 +37,7 @@ impl Trigger for Line {
             return Ok(());
         }
         let set = |active| {
-            self.vm
-                .set_irq_line(COM1_IRQ, active)
-                .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+            self.vm.set_irq_line(COM1_IRQ, active).map_err(|e| io::Error::from_raw_os_error(e.errno()))
         };
         set(true)?;
         set(false)
@@ -175,10 +173,15 @@ impl SerialPort {
         };
         let mut chip = lock(&self.chip);
         self.line.muted.store(true, Ordering::SeqCst);
-        let new =
-            Serial::from_state(&state, self.line.clone(), Events(Arc::clone(&self.gate)), self.output.clone());
+        let new = Serial::from_state(
+            &state,
+            self.line.clone(),
+            Events(Arc::clone(&self.gate)),
+            self.output.clone(),
+        );
         self.line.muted.store(false, Ordering::SeqCst);
-        *chip = new.map_err(|e| VmmError::Content { section: "serial 0".into(), reason: format!("{e:?}") })?;
+        *chip =
+            new.map_err(|e| VmmError::Content { section: "serial 0".into(), reason: format!("{e:?}") })?;
         Ok(())
     }
 
