@@ -152,4 +152,4 @@ fn builtin_kernel(name: &str) -> Option<&'static [u8]> {
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-pub(in crate::vmm) use tests::elf as test_elf;
+pub(in crate::vmm) use tests::{bzimage as test_bzimage, elf as test_elf};

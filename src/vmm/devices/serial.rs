@@ -1,6 +1,7 @@
 //! The 16550 serial port at 0x3f8 (COM1), interrupt 4.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -68,6 +69,7 @@ pub struct SerialPort {
     writer: Mutex<Writer>,
     input: Mutex<Option<std::fs::File>>,
     reader: Mutex<Option<JoinHandle<()>>>,
+    path: Option<PathBuf>,
     _keep: Mutex<Keep>,
 }
 
@@ -78,7 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl SerialPort {
     /// Opens the backend. Nothing goes in or out before [`SerialPort::connect`].
     pub fn new(vm: Arc<VmFd>, backend: &SerialBackend) -> Result<Self, VmmError> {
-        let Opened { output, lossy, input, keep } = backend.open()?;
+        let Opened { output, lossy, input, path, keep } = backend.open()?;
         let fail = |source| VmmError::Serial { backend: backend.to_string(), source };
         let (output, writer) = Output::start(output, lossy).map_err(fail)?;
         let gate = Arc::new(Gate::new().map_err(fail)?);
@@ -92,8 +94,14 @@ impl SerialPort {
             writer: Mutex::new(writer),
             input: Mutex::new(input),
             reader: Mutex::new(None),
+            path,
             _keep: Mutex::new(keep),
         })
+    }
+
+    /// The pseudo-terminal that was made for it, if any.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// The guest reads a register (0 to 7).

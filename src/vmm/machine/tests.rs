@@ -1,12 +1,11 @@
 //! A real guest on a real KVM: booted, paused, saved, restored into a second machine.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::*;
 use crate::memory::{GuestPhysAddr, PAGE_BYTES, PageIndex};
 use crate::state::{read_sections, write_sections};
-use crate::vmm::boot::test_elf;
+use crate::vmm::boot::{test_bzimage, test_elf};
 use crate::vmm::notice::NoticeReceiver;
 use crate::vmm::{GuestExit, Notice};
 
@@ -367,6 +366,99 @@ fn the_dirty_log_sees_writes_and_takes_pages_back() {
     guest.wait_for_beats();
     assert!(!take().is_empty());
     machine.dirty_stop().unwrap();
+}
+
+#[test]
+fn a_large_machine_has_ram_above_four_gib() {
+    if !kvm_is_here() || host::open_kvm().is_ok_and(|kvm| too_little_memory(&kvm, 6 << 30)) {
+        return;
+    }
+    let guest = Guest::boot(2, 5 << 10, "fill=64M ws=16M rate=50 place=spread");
+    let machine = &guest.machine;
+    assert_eq!(machine.ram().map().regions().len(), 2);
+    machine.run().unwrap();
+    guest.wait_for_beats();
+    let pages = machine.ram().map().total_pages();
+    let timed = |what: &str, call: &dyn Fn()| {
+        let began = Instant::now();
+        call();
+        eprintln!("5 GiB: {what} took {:?}", began.elapsed());
+    };
+    let mut words = vec![0; (pages / 64) as usize];
+    timed("dirty_start", &|| machine.dirty_start().unwrap());
+    timed("dirty_clear of everything", &|| {
+        machine.dirty_clear(PageRun { first: PageIndex(0), pages }).unwrap()
+    });
+    guest.wait_for_beats();
+    let began = Instant::now();
+    assert!(machine.dirty_take(&mut words).unwrap() > 0);
+    eprintln!("5 GiB: dirty_take took {:?}", began.elapsed());
+    timed("dirty_stop", &|| machine.dirty_stop().unwrap());
+}
+
+fn too_little_memory(kvm: &Kvm, bytes: u64) -> bool {
+    HostAbilities::of_this_host(kvm).is_ok_and(|host| host.memory_available_bytes < bytes)
+}
+
+#[test]
+fn a_bzimage_enters_in_64_bit_mode() {
+    if !kvm_is_here() {
+        return;
+    }
+    // In 64-bit mode: mov rdx, 0x3f8 (REX.W, which 32-bit code would take for dec eax); mov al, '6';
+    // out dx, al; mov al, '\n'; out dx, al; spin.
+    let code = [
+        0x48, 0xc7, 0xc2, 0xf8, 0x03, 0x00, 0x00, 0x48, 0xc7, 0xc0, 0x36, 0x00, 0x00, 0x00, 0xee, 0xb0, 0x0a,
+        0xee, 0xeb, 0xfe,
+    ];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), test_bzimage(&code)).unwrap();
+    let guest = Guest::boot_kernel(1, 32, KernelSource::File(file.path().into()), "quiet");
+    guest.machine.run().unwrap();
+    guest.wait_for(0, "6\n");
+    let second = Guest::prepare(&guest, None);
+    guest.pause();
+    guest.copy_ram_to(&second);
+    second.import(guest.export()).unwrap();
+    second.machine.run().unwrap();
+    second.pause();
+}
+
+#[test]
+fn a_terminal_takes_input_and_gives_output() {
+    if !kvm_is_here() {
+        return;
+    }
+    // Echo: mov dx, 0x3fd; l: in al, dx; test al, 1; jz l; mov dl, 0xf8; in al, dx; out dx, al;
+    // mov dl, 0xfd; jmp l
+    let code = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb2, 0xf8, 0xec, 0xee, 0xb2, 0xfd, 0xeb, 0xf3,
+    ];
+    let kernel = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(kernel.path(), test_elf(&code, 0x1000, true)).unwrap();
+    let (sender, receiver) = NoticeSender::channel().unwrap();
+    let config = MachineConfig {
+        name: "echo".into(),
+        uuid: "0".into(),
+        memory_bytes: 16 << 20,
+        vcpus: 1,
+        kernel: KernelSource::File(kernel.path().into()),
+        initrd: None,
+        cmdline: String::new(),
+        serial: SerialBackend::Pty,
+    };
+    let machine = Machine::boot(&config, sender).unwrap();
+    let path = machine.serial_path().unwrap();
+    let mut terminal = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    machine.run().unwrap();
+    let text: Vec<u8> = (0..500).map(|i| b'a' + (i % 26) as u8).collect();
+    std::io::Write::write_all(&mut terminal, &text).unwrap();
+    let mut echo = vec![0; text.len()];
+    std::io::Read::read_exact(&mut terminal, &mut echo).unwrap();
+    assert_eq!(echo, text);
+    machine.request_pause();
+    assert!(matches!(receiver.receiver.recv_timeout(PATIENCE), Ok(Notice::Paused)));
+    machine.stop();
 }
 
 #[test]
