@@ -658,6 +658,10 @@ static void start_other_vcpus(void)
     for (const u8 *from = ap_trampoline; from < ap_trampoline_end;)
         *to++ = *from++;
 
+    /* Enable the local APIC by software first. KVM may not know the vCPU that was created last as
+     * a target until something changes in a local APIC. */
+    *(volatile u32 *)(LAPIC_BASE + 0xf0) = 0x1ff;
+
     cfg.vcpus = cfg.vcpus ? min(cfg.vcpus, MAX_VCPUS) : 1;
     for (u32 id = 1; id < cfg.vcpus; id++)
         if (!start_vcpu(id)) {
