@@ -27,6 +27,8 @@ use super::wires::MainLine;
 
 /// How often the conductor looks after its `vmrun` and shows progress.
 const TICK: Duration = Duration::from_millis(100);
+/// How long the last words may take to be read.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Everything that wakes the conductor.
 #[derive(Debug)]
@@ -207,7 +209,8 @@ impl<'a> Arrival<'a> {
     /// HELLO of a new session.
     fn begin(&mut self, attempt: Attempt, hello: wire::Hello, channel: Channel) -> Result<(), MigrateError> {
         if hello.resume {
-            let ack = self.hello_ack(&wire::Agreed { version: wire::VERSION, features: vec![] }, Some(self.unknown_phase(attempt)));
+            let phase = self.unknown_phase(attempt);
+            let ack = self.hello_ack(&wire::Agreed { version: wire::VERSION, features: vec![] }, Some(phase));
             let _ = channel.send(&Message::HelloAck(ack));
             return Ok(());
         }
@@ -617,7 +620,8 @@ impl<'a> Arrival<'a> {
             {
                 let ours = wire::Done { pages: counts.0, zero_pages: counts.1, digest: session.digest.clone() };
                 let _ = main.send(&Message::Done(ours));
-                main.flush_and_close();
+                main.end();
+                self.await_farewell();
             }
             for sender in session.bulk.values() {
                 sender.close();
@@ -631,6 +635,17 @@ impl<'a> Arrival<'a> {
             data_pages: counts.0,
             zero_pages: counts.1,
             digest: session.and_then(|s| s.digest),
+        }
+    }
+
+    /// Waits a moment until the source has hung up: closing before it has read our last words could
+    /// take them from it.
+    fn await_farewell(&self) {
+        let until = Instant::now() + FAREWELL;
+        while let Ok(event) = self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            if matches!(event, Event::Main(_, Brought::Lost(_))) {
+                return;
+            }
         }
     }
 

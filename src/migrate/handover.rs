@@ -254,11 +254,12 @@ impl<'m, 'a> Handover<'m, 'a> {
             }
             Err(error) => {
                 self.migration.observer.note(&format!("the fence got no answer: {error}"));
-                self.follow_up.push(match self.is_fenced() {
+                let input = match self.is_fenced() {
                     Some(false) => SourceInput::FenceRefused,
                     // The guest can no longer run here in any case: vmrun is gone, or it is fenced.
                     Some(true) | None => SourceInput::Fenced,
-                });
+                };
+                self.follow_up.push(input);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What a mover tells while it works.
 
-use crate::control::MoverProgress;
+use crate::control::mover::MoverProgress;
 
 /// Whoever watches a mover: the progress line, the JSON events, both or nobody.
 pub trait Observer: Send {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::control::MoverSettings;
+use crate::control::mover::MoverSettings;
 
 use super::convergence::Policy;
 

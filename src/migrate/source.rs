@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender};
 use std::time::{Duration, Instant};
 
-use crate::control::MoverProgress;
+use crate::control::mover::MoverProgress;
 use crate::memory::{PAGE_BYTES, PageRun, PageSet};
 use crate::switchover::Attempt;
 use crate::wire::{self, Message};
