@@ -43,6 +43,23 @@ pub enum Ending {
     Signalled(i32),
 }
 
+impl Ending {
+    /// The exit code that says so; the table is in every man page.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Moved => 0,
+            Self::Failed => 1,
+            Self::Unsuitable => 3,
+            Self::NotConverged => 4,
+            Self::PeerFailed => 5,
+            Self::Resumable => 6,
+            Self::Unknown => 7,
+            Self::Lost => 8,
+            Self::Signalled(signal) => 128_u8.saturating_add(u8::try_from(signal).unwrap_or(0)),
+        }
+    }
+}
+
 /// A migration that did not move the guest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct MigrateError {
