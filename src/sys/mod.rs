@@ -3,5 +3,8 @@
 #![allow(unsafe_code)]
 
 pub mod fdpass;
+pub mod kick;
+pub mod kvm_ext;
 pub mod memfd;
+pub mod pod;
 pub mod view;
