@@ -290,12 +290,12 @@ static inline u64 content_word(struct content c, u64 i)
         return 0;
     if (i == 0)
         return c.head;
-    if (c.pattern == RANDOM) {
+    if (c.pattern == RANDOM || (i & 7) == 0) {
         u64 x = c.tag + i * 0x9e3779b97f4a7c15;
         return (x ^ x >> 32) * 0xd6e8feb86659fd93;
     }
-    /* Half of every 64-byte line depends on the tag, the rest compresses away. */
-    return (i & 7) >= 4 ? filler[i & 3] : (i & 7) ? c.tag : c.tag + i;
+    /* Half of every 64-byte line depends on the tag, an eighth does not compress. */
+    return (i & 7) < 4 ? c.tag : filler[i & 3];
 }
 
 static inline void write_as(volatile u64 *words, struct content c)
@@ -657,6 +657,10 @@ static void start_other_vcpus(void)
     volatile u8 *to = (u8 *)AP_TRAMPOLINE;
     for (const u8 *from = ap_trampoline; from < ap_trampoline_end;)
         *to++ = *from++;
+
+    /* Enable the local APIC by software first. KVM may not know the vCPU that was created last as
+     * a target until something changes in a local APIC. */
+    *(volatile u32 *)(LAPIC_BASE + 0xf0) = 0x1ff;
 
     cfg.vcpus = cfg.vcpus ? min(cfg.vcpus, MAX_VCPUS) : 1;
     for (u32 id = 1; id < cfg.vcpus; id++)

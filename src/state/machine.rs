@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::memory::RamMap;
+pub use crate::wire::Problem;
 
 /// A machine as its `vmrun` describes it. The receiver's `vmrun` makes itself the same, or names
 /// everything that it cannot ([`Problem`]).
@@ -64,13 +65,4 @@ pub struct DeviceDescription {
     pub version: u32,
     /// What it is backed by on the host (`stdio`, `file:PATH`, …), if anything.
     pub host: Option<String>,
-}
-
-/// One reason why a host cannot take a machine. Preflight lists them all.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
-    /// What it concerns, for machines: `ram`, `vcpus`, `cpuid`, `msr`, `capability`, `tsc`, `xsave`, `device`.
-    pub topic: String,
-    /// The whole sentence, for people: what is missing, by name, and on which side.
-    pub text: String,
 }

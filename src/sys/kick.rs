@@ -39,9 +39,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 pub fn install_handler() -> io::Result<()> {
     static RESULT: OnceLock<Result<(), i32>> = OnceLock::new();
     RESULT
-        .get_or_init(|| {
-            register_signal_handler(SIGRTMIN() + KICK_OFFSET, on_kick).map_err(|e| e.errno())
-        })
+        .get_or_init(|| register_signal_handler(SIGRTMIN() + KICK_OFFSET, on_kick).map_err(|e| e.errno()))
         .map_err(io::Error::from_raw_os_error)
 }
 

@@ -1,1 +1,31 @@
 //! Byte streams between two hosts: addresses, connecting, deadlines, framed channels.
+//!
+//! A [`Stream`] is a connection of any kind (TCP, Unix, a child's pipes, stdin and stdout); a
+//! [`Channel`] is a stream that speaks frames for one [`crate::switchover::Attempt`], and splits into a
+//! [`Sender`] and a [`Receiver`] for two threads. Whoever waits here waits for a [`CancelToken`] as
+//! well, so one call ends every wait of an attempt.
+
+mod address;
+mod cancel;
+mod channel;
+mod connect;
+mod error;
+mod exec;
+mod keepalive;
+mod rate;
+mod receiver;
+mod sender;
+mod stream;
+mod tcp;
+mod unix;
+
+pub use address::{Address, AddressError, needs_insecure};
+pub use cancel::CancelToken;
+pub use channel::{Channel, ChannelOptions, ChannelRole, ChannelStats};
+pub use connect::{Listener, connect};
+pub use error::{ChannelError, StreamError};
+pub use keepalive::Heartbeat;
+pub use rate::RateLimiter;
+pub use receiver::{Frame, PagesFrame, Receiver};
+pub use sender::Sender;
+pub use stream::{ReadHalf, Stream, WriteHalf};

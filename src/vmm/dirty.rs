@@ -54,11 +54,9 @@ impl DirtyLog {
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let mut protect = Protect::Automatic;
         if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 {
-            let mut cap =
-                kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+            let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
             cap.args[0] = u64::from(offered & wanted);
-            vm.enable_cap(&cap)
-                .map_err(VmmError::kvm("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)"))?;
+            vm.enable_cap(&cap).map_err(VmmError::kvm("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)"))?;
             protect = Protect::Manual;
         }
         Ok(Self { protect, taken: None, put_back: PageSet::new(pages) })
@@ -163,7 +161,7 @@ fn masked(set: &PageSet, run: PageRun) -> Vec<u64> {
         *word &= u64::MAX << (run.first.0 % 64);
     }
     if let Some(word) = words.last_mut()
-        && end % 64 != 0
+        && !end.is_multiple_of(64)
     {
         *word &= (1 << (end % 64)) - 1;
     }

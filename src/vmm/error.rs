@@ -93,4 +93,3 @@ pub enum PrepareError {
 fn list(problems: &[Problem]) -> String {
     problems.iter().map(|p| p.text.as_str()).collect::<Vec<_>>().join("; ")
 }
-

@@ -2,7 +2,9 @@
 
 use std::sync::OnceLock;
 
-use kvm_bindings::{KVM_CAP_ADJUST_CLOCK, KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL, KVM_CAP_XSAVE2, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_ADJUST_CLOCK, KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL, KVM_CAP_XSAVE2, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::VmmError;
@@ -125,8 +127,7 @@ pub fn open_kvm() -> Result<Kvm, VmmError> {
 /// interrupt controllers and PIT. No memory, no vCPU.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
     let vm = kvm.create_vm().map_err(VmmError::kvm("KVM_CREATE_VM"))?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
-        .map_err(VmmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(VmmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
     vm.set_tss_address(TSS_ADDRESS).map_err(VmmError::kvm("KVM_SET_TSS_ADDR"))?;
     vm.create_irq_chip().map_err(VmmError::kvm("KVM_CREATE_IRQCHIP"))?;
     // Port 0x61 answers too: guests calibrate their clocks with it.

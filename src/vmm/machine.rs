@@ -1,7 +1,7 @@
 //! One microVM: made, driven, saved, restored, ended.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -185,6 +185,11 @@ impl Machine {
     /// The machine's RAM.
     pub fn ram(&self) -> &GuestRam {
         &self.parts.ram
+    }
+
+    /// The pseudo-terminal that was made for the serial port, to be told to the user.
+    pub fn serial_path(&self) -> Option<&Path> {
+        self.parts.bus.serial.path()
     }
 
     /// Lets the vCPUs enter guest mode; from here on the devices act on the host. To be called only

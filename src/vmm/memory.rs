@@ -15,9 +15,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 #[cfg(test)]
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::VmmError;
 use crate::memory::{GuestPhysAddr, RamMap, RamRegion, VmmAddr};
@@ -194,10 +192,7 @@ mod tests {
         let mut again = vec![0; 16];
         ram.take_device_written(&mut again);
         assert!(again.iter().all(|w| *w == 0));
-        assert!(matches!(
-            ram.write(GuestPhysAddr((2 << 20) - 1), &[0, 0]),
-            Err(VmmError::NotRam { .. })
-        ));
+        assert!(matches!(ram.write(GuestPhysAddr((2 << 20) - 1), &[0, 0]), Err(VmmError::NotRam { .. })));
         let mut back = [0; 2];
         ram.read(GuestPhysAddr(0x1fff), &mut back).unwrap();
         assert_eq!(back, [1, 2]);

@@ -27,11 +27,15 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
     let bytes = desc.ram.total_bytes();
     if bytes > host.memory_available_bytes {
         let have = host.memory_available_bytes >> 20;
-        let text = format!("the machine has {} MiB of RAM, the receiver has {have} MiB available", bytes >> 20);
+        let text =
+            format!("the machine has {} MiB of RAM, the receiver has {have} MiB available", bytes >> 20);
         say("ram", text);
     }
     if desc.vcpus == 0 || desc.vcpus > host.max_vcpus {
-        let text = format!("the machine has {} vCPUs, the receiver's KVM can do 1 to {}", desc.vcpus, host.max_vcpus);
+        let text = format!(
+            "the machine has {} vCPUs, the receiver's KVM can do 1 to {}",
+            desc.vcpus, host.max_vcpus
+        );
         say("vcpus", text);
     }
     if desc.cpuid.len() > cpuid::MAX_ENTRIES || desc.msrs.len() > MAX_LIST || desc.devices.len() > MAX_LIST {
@@ -42,7 +46,8 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
         say("cpuid", format!("the machine uses the CPU feature {name}, which the receiver's KVM lacks"));
     }
     for index in desc.msrs.iter().filter(|i| !host.msrs.contains(i)) {
-        let text = format!("the machine has MSR {}, which the receiver's KVM cannot restore", msrs::name(*index));
+        let text =
+            format!("the machine has MSR {}, which the receiver's KVM cannot restore", msrs::name(*index));
         say("msr", text);
     }
     for name in desc.capabilities.iter().filter(|c| !host.has(c)) {
@@ -57,10 +62,19 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
     for device in &desc.devices {
         let known = DEVICE_KINDS.iter().find(|(kind, _)| *kind == device.kind);
         match known {
-            None => say("device", format!("device {} is of kind {:?}, which the receiver does not know", device.id, device.kind)),
+            None => say(
+                "device",
+                format!(
+                    "device {} is of kind {:?}, which the receiver does not know",
+                    device.id, device.kind
+                ),
+            ),
             Some((_, newest)) if device.version == 0 || device.version > *newest => say(
                 "device",
-                format!("device {} writes version {}, the receiver reads up to {newest}", device.id, device.version),
+                format!(
+                    "device {} writes version {}, the receiver reads up to {newest}",
+                    device.id, device.version
+                ),
             ),
             Some(_) => {}
         }
@@ -78,7 +92,9 @@ pub fn unknown_remaps<'a>(
     unknown
         .map(|id| Problem {
             topic: "device".into(),
-            text: format!("--remap names {id}, and the machine has no device of that id with something to remap"),
+            text: format!(
+                "--remap names {id}, and the machine has no device of that id with something to remap"
+            ),
         })
         .collect()
 }
@@ -101,8 +117,7 @@ mod tests {
     use crate::state::{CpuidEntry, DeviceDescription, TscFrequency};
 
     fn machine() -> MachineDescription {
-        let leaf1 =
-            CpuidEntry { function: 1, index: 0, flags: 0, eax: 0, ebx: 0, ecx: 1 << 28, edx: 0 };
+        let leaf1 = CpuidEntry { function: 1, index: 0, flags: 0, eax: 0, ebx: 0, ecx: 1 << 28, edx: 0 };
         MachineDescription {
             name: "m".into(),
             uuid: "u".into(),

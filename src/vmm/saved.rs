@@ -9,8 +9,8 @@ use super::x86::irqchip::{self, Chips};
 use super::x86::restore::{self, VcpuImage};
 use super::x86::save::VcpuLayout;
 use crate::state::{
-    CLOCK_VERSION, ClockState, IRQCHIP_VERSION, IrqchipState, PIT_VERSION, PitState, SERIAL_VERSION,
-    Section, SectionKind, SerialState, VCPU_VERSION, VcpuState, read_sections, write_sections,
+    CLOCK_VERSION, ClockState, IRQCHIP_VERSION, IrqchipState, PIT_VERSION, PitState, SERIAL_VERSION, Section,
+    SectionKind, SerialState, VCPU_VERSION, VcpuState, read_sections, write_sections,
 };
 
 /// What a machine has besides its vCPUs.

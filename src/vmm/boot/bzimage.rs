@@ -51,13 +51,20 @@ pub(super) struct Plan {
 }
 
 pub(super) fn is_bzimage(head: &[u8]) -> bool {
-    head.len() >= HEADER_END && &head[HEADER_MAGIC..HEADER_MAGIC + 4] == b"HdrS" && head[BOOT_FLAG..][..2] == [0x55, 0xaa]
+    head.len() >= HEADER_END
+        && &head[HEADER_MAGIC..HEADER_MAGIC + 4] == b"HdrS"
+        && head[BOOT_FLAG..][..2] == [0x55, 0xaa]
 }
 
 pub(super) fn plan(image: &Image, head: &[u8], map: &RamMap) -> Result<Plan, BootError> {
     let version = u16_at(head, VERSION);
-    if version < MIN_VERSION || head[LOADFLAGS] & LOADED_HIGH == 0 || u16_at(head, XLOADFLAGS) & KERNEL_64 == 0 {
-        return Err(image.bad(format!("it is a Linux kernel (boot protocol {version:#x}) without a 64-bit entry")));
+    if version < MIN_VERSION
+        || head[LOADFLAGS] & LOADED_HIGH == 0
+        || u16_at(head, XLOADFLAGS) & KERNEL_64 == 0
+    {
+        return Err(
+            image.bad(format!("it is a Linux kernel (boot protocol {version:#x}) without a 64-bit entry"))
+        );
     }
     let sectors = match head[SETUP_SECTS] {
         0 => 4,

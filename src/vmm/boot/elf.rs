@@ -166,7 +166,11 @@ fn pvh_entry(image: &Image, header: &Header) -> Result<Option<u32>, BootError> {
 }
 
 /// Writes `struct hvm_start_info` version 1, its module list and its memory map.
-pub(super) fn write_start_info(ram: &GuestRam, initrd: Option<Loaded>, cmdline: bool) -> Result<(), VmmError> {
+pub(super) fn write_start_info(
+    ram: &GuestRam,
+    initrd: Option<Loaded>,
+    cmdline: bool,
+) -> Result<(), VmmError> {
     let modules = layout::START_INFO.0 + START_INFO_BYTES;
     let memory_map = modules + MODULE_BYTES;
     let usable = layout::usable(ram.map());

@@ -1,5 +1,6 @@
 //! Loading a kernel: PVH ELF or bzImage, from a file or built in, with initrd and command line.
 
+mod builtin;
 mod bzimage;
 mod elf;
 pub mod layout;
@@ -13,8 +14,8 @@ use thiserror::Error;
 use crate::memory::GuestPhysAddr;
 use crate::vmm::VmmError;
 use crate::vmm::memory::GuestRam;
-pub use source::KernelSource;
 use source::Image;
+pub use source::KernelSource;
 
 /// What the boot loader of a machine is given.
 pub struct BootConfig<'a> {
@@ -59,7 +60,9 @@ pub enum BootError {
     BadKernel { kernel: String, reason: String },
     #[error("memory of {} MiB is too small for {what}, which ends at {:#x} ({} MiB)", .memory >> 20, .end, .end.div_ceil(1 << 20))]
     TooSmall { what: String, memory: u64, end: u64 },
-    #[error("{what} of {bytes} bytes does not fit between the kernel's end at {kernel_end:#x} and the end of RAM below 4 GiB at {ram_end:#x}")]
+    #[error(
+        "{what} of {bytes} bytes does not fit between the kernel's end at {kernel_end:#x} and the end of RAM below 4 GiB at {ram_end:#x}"
+    )]
     InitrdDoesNotFit { what: String, bytes: u64, kernel_end: u64, ram_end: u64 },
     #[error("the command line has {bytes} bytes, at most {max} are possible")]
     CmdlineTooLong { bytes: usize, max: usize },
@@ -139,12 +142,14 @@ fn load_initrd(ram: &GuestRam, config: &BootConfig<'_>, kernel_end: u64) -> Resu
 }
 
 /// The names of the built-in kernels.
-pub const BUILTIN_NAMES: &[&str] = &[];
+pub const BUILTIN_NAMES: &[&str] = &["heartbeat"];
 
 /// The built-in kernel of that name.
-fn builtin_kernel(_name: &str) -> Option<&'static [u8]> {
-    None
+fn builtin_kernel(name: &str) -> Option<&'static [u8]> {
+    (name == "heartbeat").then_some(builtin::HEARTBEAT_ELF)
 }
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(in crate::vmm) use tests::{bzimage as test_bzimage, elf as test_elf};

@@ -116,7 +116,13 @@ impl Image {
     }
 
     /// Copies `bytes` from `offset` to guest memory at `address`.
-    pub(super) fn copy_to(&self, ram: &GuestRam, offset: u64, address: u64, bytes: u64) -> Result<(), VmmError> {
+    pub(super) fn copy_to(
+        &self,
+        ram: &GuestRam,
+        offset: u64,
+        address: u64,
+        bytes: u64,
+    ) -> Result<(), VmmError> {
         let mut chunk = vec![0; bytes.min(CHUNK_BYTES) as usize];
         let mut done = 0;
         while done < bytes {

@@ -37,7 +37,8 @@ pub(in crate::vmm) fn elf(code: &[u8], memory_bytes: u64, note: bool) -> Vec<u8>
     out
 }
 
-fn bzimage() -> Vec<u8> {
+/// A bzImage for 16 MiB with `code` at its 64-bit entry.
+pub(in crate::vmm) fn bzimage(code: &[u8]) -> Vec<u8> {
     let mut out = vec![0u8; 1024 + 0x400];
     out[0x1f1] = 1;
     out[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
@@ -49,7 +50,7 @@ fn bzimage() -> Vec<u8> {
     out[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
     out[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
     out[0x260..0x264].copy_from_slice(&0x20_0000u32.to_le_bytes());
-    out[1024 + 0x200] = 0xf4;
+    out[1024 + 0x200..][..code.len()].copy_from_slice(code);
     out
 }
 
@@ -93,7 +94,7 @@ fn a_pvh_elf_is_loaded_with_its_start_info() {
 #[test]
 fn a_bzimage_is_loaded_with_its_zero_page() {
     let ram = ram(32);
-    let entry = boot(&ram, &bzimage(), None, "quiet").unwrap();
+    let entry = boot(&ram, &bzimage(&[0xf4]), None, "quiet").unwrap();
     assert_eq!(entry, BootEntry::Linux64 { entry: 0x100_0200, zero_page: layout::ZERO_PAGE });
     assert_eq!(u64_in(&ram, 0x100_0200) as u8, 0xf4);
     assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x1e8) as u8, 2);
@@ -101,11 +102,14 @@ fn a_bzimage_is_loaded_with_its_zero_page() {
     assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x202) as u32, u32::from_le_bytes(*b"HdrS"));
 }
 
+/// Kernel, initrd, command line, and a piece of the message.
+type Case<'a> = (&'a [u8], Option<&'a [u8]>, &'a str, &'a str);
+
 #[test]
 fn what_cannot_be_booted_is_named() {
     let ram = ram(4);
     let good = elf(b"code", 0x1000, true);
-    let cases: &[(&[u8], Option<&[u8]>, &str, &str)] = &[
+    let cases: &[Case<'_>] = &[
         (b"#!/bin/sh", None, "", "is neither an ELF with a PVH note nor a bzImage"),
         (b"", None, "", "is neither an ELF with a PVH note nor a bzImage"),
         (&elf(b"code", 0x1000, false), None, "", "without a PVH note"),
@@ -115,8 +119,8 @@ fn what_cannot_be_booted_is_named() {
         (&good[..100], None, "", "the file ends in the middle of the program headers"),
         (&good, Some(&[1; 3 << 20]), "", "does not fit between the kernel's end"),
         (&good, None, "a\0b", "NUL"),
-        (&bzimage(), None, "", "memory of 4 MiB is too small"),
-        (&bzimage()[..1100], None, "", "the file ends in the middle of the kernel"),
+        (&bzimage(&[0xf4]), None, "", "memory of 4 MiB is too small"),
+        (&bzimage(&[0xf4])[..1100], None, "", "the file ends in the middle of the kernel"),
     ];
     for (kernel, initrd, cmdline, text) in cases {
         let error = boot(&ram, kernel, *initrd, cmdline).unwrap_err();

@@ -25,7 +25,7 @@ pub enum SerialBackend {
     Stdio,
     /// Output is appended to a file, which is made if it is not there. No input.
     File(PathBuf),
-    /// A new pseudo-terminal; its path is printed to standard error. What nobody reads is dropped.
+    /// A new pseudo-terminal (`Machine::serial_path` tells which). What nobody reads is dropped.
     Pty,
 }
 
@@ -69,6 +69,8 @@ pub(super) struct Opened {
     pub lossy: bool,
     /// Where input comes from.
     pub input: Option<File>,
+    /// The path of the terminal that was made.
+    pub path: Option<PathBuf>,
     /// What has to be kept, and undone at the end.
     pub keep: Keep,
 }
@@ -92,7 +94,7 @@ impl Drop for Keep {
 impl SerialBackend {
     /// Opens it. Nothing is read or written yet, but a file is made, and a terminal put into raw mode.
     pub(super) fn open(&self) -> Result<Opened, VmmError> {
-        let none = Opened { output: None, lossy: false, input: None, keep: Keep::default() };
+        let none = Opened { output: None, lossy: false, input: None, path: None, keep: Keep::default() };
         let opened = match self {
             Self::None => Ok(none),
             Self::Stdio => open_stdio(),
@@ -125,7 +127,7 @@ fn open_stdio() -> io::Result<Opened> {
         }
     }
     let input = readable.then(|| File::from(input));
-    Ok(Opened { output: Some(output.into()), lossy: false, input, keep })
+    Ok(Opened { output: Some(output.into()), lossy: false, input, path: None, keep })
 }
 
 fn open_pty() -> io::Result<Opened> {
@@ -134,12 +136,13 @@ fn open_pty() -> io::Result<Opened> {
     cfmakeraw(&mut raw);
     tcsetattr(&pty.slave, SetArg::TCSANOW, &raw)?;
     fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
-    eprintln!("serial port: {}", ttyname(&pty.slave)?.display());
+    let path = ttyname(&pty.slave)?;
     let master = File::from(pty.master);
     Ok(Opened {
         output: Some(master.try_clone()?),
         lossy: true,
         input: Some(master),
+        path: Some(path),
         keep: Keep { _slave: Some(pty.slave), terminal: None },
     })
 }

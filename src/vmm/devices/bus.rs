@@ -55,7 +55,9 @@ impl Bus {
 fn power_write(port: u16, bytes: &[u8]) -> Option<GuestExit> {
     match (port, bytes) {
         (I8042_COMMAND, [I8042_RESET, ..]) => Some(GuestExit::Reset),
-        (RESET_CONTROL, [value, ..]) if value & RESET_CONTROL_CPU == RESET_CONTROL_CPU => Some(GuestExit::Reset),
+        (RESET_CONTROL, [value, ..]) if value & RESET_CONTROL_CPU == RESET_CONTROL_CPU => {
+            Some(GuestExit::Reset)
+        }
         (PM1A_CONTROL, [low, high, ..]) if u16::from_le_bytes([*low, *high]) & PM1A_SLEEP_ENABLE != 0 => {
             Some(GuestExit::Shutdown)
         }

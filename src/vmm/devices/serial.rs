@@ -1,6 +1,7 @@
 //! The 16550 serial port at 0x3f8 (COM1), interrupt 4.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -9,10 +10,10 @@ use kvm_ioctls::VmFd;
 use vm_superio::serial::{SerialEvents, SerialState as ChipState};
 use vm_superio::{Serial, Trigger};
 
+use super::SerialBackend;
 use super::backend::{Keep, Opened};
 use super::input::{self, Gate};
 use super::output::{Output, Writer};
-use super::SerialBackend;
 use crate::state::SerialState;
 use crate::vmm::VmmError;
 
@@ -37,9 +38,7 @@ impl Trigger for Line {
             return Ok(());
         }
         let set = |active| {
-            self.vm
-                .set_irq_line(COM1_IRQ, active)
-                .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+            self.vm.set_irq_line(COM1_IRQ, active).map_err(|e| io::Error::from_raw_os_error(e.errno()))
         };
         set(true)?;
         set(false)
@@ -70,6 +69,7 @@ pub struct SerialPort {
     writer: Mutex<Writer>,
     input: Mutex<Option<std::fs::File>>,
     reader: Mutex<Option<JoinHandle<()>>>,
+    path: Option<PathBuf>,
     _keep: Mutex<Keep>,
 }
 
@@ -80,7 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl SerialPort {
     /// Opens the backend. Nothing goes in or out before [`SerialPort::connect`].
     pub fn new(vm: Arc<VmFd>, backend: &SerialBackend) -> Result<Self, VmmError> {
-        let Opened { output, lossy, input, keep } = backend.open()?;
+        let Opened { output, lossy, input, path, keep } = backend.open()?;
         let fail = |source| VmmError::Serial { backend: backend.to_string(), source };
         let (output, writer) = Output::start(output, lossy).map_err(fail)?;
         let gate = Arc::new(Gate::new().map_err(fail)?);
@@ -94,8 +94,14 @@ impl SerialPort {
             writer: Mutex::new(writer),
             input: Mutex::new(input),
             reader: Mutex::new(None),
+            path,
             _keep: Mutex::new(keep),
         })
+    }
+
+    /// The pseudo-terminal that was made for it, if any.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// The guest reads a register (0 to 7).
@@ -175,10 +181,15 @@ impl SerialPort {
         };
         let mut chip = lock(&self.chip);
         self.line.muted.store(true, Ordering::SeqCst);
-        let new =
-            Serial::from_state(&state, self.line.clone(), Events(Arc::clone(&self.gate)), self.output.clone());
+        let new = Serial::from_state(
+            &state,
+            self.line.clone(),
+            Events(Arc::clone(&self.gate)),
+            self.output.clone(),
+        );
         self.line.muted.store(false, Ordering::SeqCst);
-        *chip = new.map_err(|e| VmmError::Content { section: "serial 0".into(), reason: format!("{e:?}") })?;
+        *chip =
+            new.map_err(|e| VmmError::Content { section: "serial 0".into(), reason: format!("{e:?}") })?;
         Ok(())
     }
 

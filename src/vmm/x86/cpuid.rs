@@ -31,9 +31,7 @@ const EXT1_ECX_PERFCTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 /// The hypervisor bit is set, and TSC-deadline where KVM's local APIC has it. Boot gives guests
 /// this table, and preflight compares a guest's table with it.
 pub fn supported(kvm: &Kvm, keep_arch_capabilities: bool) -> Result<Vec<CpuidEntry>, VmmError> {
-    let table = kvm
-        .get_supported_cpuid(MAX_ENTRIES)
-        .map_err(VmmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let table = kvm.get_supported_cpuid(MAX_ENTRIES).map_err(VmmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let mut out = Vec::new();
     for raw in table.as_slice() {

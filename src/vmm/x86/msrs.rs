@@ -7,8 +7,6 @@ use crate::vmm::VmmError;
 
 /// IA32_TIME_STAMP_COUNTER.
 pub const TSC: u32 = 0x10;
-/// IA32_TSC_ADJUST.
-pub const TSC_ADJUST: u32 = 0x3b;
 /// IA32_TSC_DEADLINE.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_APIC_BASE: in the special registers too, which set it.
@@ -116,21 +114,29 @@ fn left_out(index: u32) -> bool {
     )
 }
 
-/// Which MSRs to save: what KVM_GET_MSR_INDEX_LIST names (KVM API 4.3), reads on `vcpu`, and lets
-/// be set to what was just read. `vcpu` is a fresh vCPU with its CPUID table, never run.
+/// State that KVM keeps for the guest and does not list: the MTRRs.
+const NOT_LISTED: [std::ops::RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+
+/// Which MSRs to save: what KVM_GET_MSR_INDEX_LIST names (KVM API 4.3), and the MTRRs, if it reads
+/// on `vcpu` and may be set to what was just read. `vcpu` is a fresh vCPU with its CPUID table,
+/// never run.
 pub fn probe(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, VmmError> {
     let list = kvm.get_msr_index_list().map_err(VmmError::kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    let mut indices = list.as_slice().to_vec();
+    indices.extend(NOT_LISTED.into_iter().flatten());
+    indices.sort_unstable();
+    indices.dedup();
     let mut out = Vec::new();
-    for &index in list.as_slice() {
+    for index in indices {
         if left_out(index) {
             continue;
         }
         match can_be_restored(vcpu, index) {
             true => out.push(index),
-            false => tracing::debug!(msr = name(index), "not saved: KVM lists it and refuses it"),
+            false => tracing::debug!(msr = name(index), "not saved: KVM refuses it"),
         }
     }
-    out.sort_unstable();
     Ok(out)
 }
 
@@ -173,7 +179,7 @@ mod tests {
         assert_eq!(name(0x1234), "0x1234");
         assert_eq!(turn(TSC), Turn::Tsc);
         assert_eq!(turn(TSC_DEADLINE), Turn::Deadline);
-        assert_eq!(turn(TSC_ADJUST), Turn::Early);
+        assert_eq!(turn(0x3b), Turn::Early);
         assert!(left_out(0x186) && !left_out(0x277));
     }
 }

@@ -28,7 +28,8 @@ pub fn enter(vcpu: &VcpuFd, ram: &GuestRam, entry: &BootEntry) -> Result<(), Vmm
     let long = matches!(entry, BootEntry::Linux64 { .. });
     let code = segment(CODE_SELECTOR, 0xb, long);
     let data = segment(DATA_SELECTOR, 0x3, false);
-    let tss = kvm_segment { limit: 0x67, type_: 0xb, present: 1, selector: TSS_SELECTOR, ..Default::default() };
+    let tss =
+        kvm_segment { limit: 0x67, type_: 0xb, present: 1, selector: TSS_SELECTOR, ..Default::default() };
     let gdt = [0, 0, descriptor(&code), descriptor(&data), descriptor(&tss)];
     let raw: Vec<u8> = gdt.iter().flat_map(|d: &u64| d.to_le_bytes()).collect();
     ram.write(layout::GDT, &raw)?;

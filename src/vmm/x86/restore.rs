@@ -3,8 +3,8 @@
 
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -114,11 +114,6 @@ impl Checker {
 }
 
 impl VcpuImage {
-    /// The number of the vCPU.
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
     /// Sets everything, on the thread that runs the vCPU.
     ///
     /// The order matters: CPUID first, since it decides what the rest may hold; special registers
@@ -148,8 +143,7 @@ impl VcpuImage {
             }
             _ => put.msrs(
                 vcpu,
-                turn(Turn::Tsc)
-                    .map(|m| MsrValue { value: m.value.wrapping_add(tsc.elapsed_ticks), ..m }),
+                turn(Turn::Tsc).map(|m| MsrValue { value: m.value.wrapping_add(tsc.elapsed_ticks), ..m }),
             )?,
         }
         put.msrs(vcpu, turn(Turn::Deadline))?;
@@ -189,7 +183,11 @@ struct Setter<'a> {
 }
 
 impl Setter<'_> {
-    fn set<E: Into<IoError>>(&self, group: &str, call: impl FnOnce() -> Result<(), E>) -> Result<(), VmmError> {
+    fn set<E: Into<IoError>>(
+        &self,
+        group: &str,
+        call: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), VmmError> {
         if let Some((vcpu, part)) = &self.trap.point
             && *vcpu == self.number
             && group.to_lowercase().contains(part.as_str())
@@ -205,9 +203,8 @@ impl Setter<'_> {
 
     /// KVM_SET_MSRS (KVM API 4.19) stops at the first MSR that it refuses, and says how many it set.
     fn msrs(&self, vcpu: &VcpuFd, values: impl Iterator<Item = MsrValue>) -> Result<(), VmmError> {
-        let entries: Vec<_> = values
-            .map(|m| kvm_msr_entry { index: m.index, data: m.value, ..Default::default() })
-            .collect();
+        let entries: Vec<_> =
+            values.map(|m| kvm_msr_entry { index: m.index, data: m.value, ..Default::default() }).collect();
         for some in entries.chunks(MSRS_AT_ONCE) {
             let list = Msrs::from_entries(some).expect("fewer than KVM_MAX_MSR_ENTRIES");
             let mut done = some.len();

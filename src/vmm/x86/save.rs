@@ -37,9 +37,9 @@ pub fn save(number: u32, vcpu: &VcpuFd, layout: &VcpuLayout) -> Result<VcpuState
         true => SpecialRegisters::Sregs2(HexBytes(pod::to_bytes(
             &at.get("KVM_GET_SREGS2", kvm_ext::get_sregs2(vcpu))?,
         ))),
-        false => SpecialRegisters::Sregs(HexBytes(pod::to_bytes(
-            &at.get("KVM_GET_SREGS", vcpu.get_sregs())?,
-        ))),
+        false => {
+            SpecialRegisters::Sregs(HexBytes(pod::to_bytes(&at.get("KVM_GET_SREGS", vcpu.get_sregs())?)))
+        }
     };
     let xsave = at.get("KVM_GET_XSAVE2", kvm_ext::get_xsave(vcpu, layout.xsave_bytes as usize))?;
     let xcrs = pod::to_bytes(&at.get("KVM_GET_XCRS", vcpu.get_xcrs())?);
@@ -75,11 +75,7 @@ struct Reader {
 
 impl Reader {
     fn get<T, E: Into<IoError>>(&self, group: &str, result: Result<T, E>) -> Result<T, VmmError> {
-        result.map_err(|e| VmmError::Vcpu {
-            vcpu: self.number,
-            group: group.into(),
-            source: e.into().0,
-        })
+        result.map_err(|e| VmmError::Vcpu { vcpu: self.number, group: group.into(), source: e.into().0 })
     }
 
     fn msrs(&self, vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<MsrValue>, VmmError> {

@@ -1,0 +1,47 @@
+//! What a frame may hold at most. Every length from the peer is compared with these before anything
+//! is allocated for it (D5).
+
+use super::FrameType;
+
+/// The largest payload of a structured (JSON) frame in bytes: a machine description with the CPUID
+/// table and MSR list of a large host is some 30 KiB.
+pub const MAX_JSON_BYTES: u32 = 1 << 20;
+
+/// The largest saved state in bytes.
+pub const MAX_STATE_BYTES: u32 = 64 << 20;
+
+/// The most runs in the table of one PAGES frame.
+pub const MAX_RUNS: u32 = 4096;
+
+/// The most page data in one PAGES frame, in bytes.
+pub const MAX_PAGE_DATA_BYTES: u32 = 1 << 20;
+
+/// The largest payload of a PAGES frame in bytes: its head, a full table, and full data.
+pub const MAX_PAGES_PAYLOAD_BYTES: u32 = 16 + MAX_RUNS * 16 + MAX_PAGE_DATA_BYTES;
+
+/// The slowest rate at which a frame that has begun may arrive, in bytes a second: a peer that
+/// drips bytes to stay alive is given up.
+pub const MIN_FRAME_RATE: u64 = 64 << 10;
+
+/// The largest payload of a frame of type `kind`, in bytes.
+pub fn max_payload(kind: FrameType) -> u32 {
+    match kind {
+        FrameType::Pages => MAX_PAGES_PAYLOAD_BYTES,
+        FrameType::State => MAX_STATE_BYTES,
+        FrameType::Ping | FrameType::Pong => 8,
+        FrameType::Accepted | FrameType::Run | FrameType::Revoke | FrameType::Revoked => 0,
+        FrameType::Hello
+        | FrameType::HelloAck
+        | FrameType::Refused
+        | FrameType::Machine
+        | FrameType::Join
+        | FrameType::Joined
+        | FrameType::Barrier
+        | FrameType::PassDone
+        | FrameType::End
+        | FrameType::Ready
+        | FrameType::Running
+        | FrameType::Abort
+        | FrameType::Done => MAX_JSON_BYTES,
+    }
+}
