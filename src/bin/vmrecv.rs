@@ -1,9 +1,5 @@
-//! See `vmferry::cli::vmrecv`.
+//! Takes a microVM in from another host.
 
-use std::process::ExitCode;
-
-use clap::Parser;
-
-fn main() -> ExitCode {
-    vmferry::cli::vmrecv::run(&vmferry::cli::vmrecv::Args::parse())
+fn main() -> std::process::ExitCode {
+    vmferry::cli::vmrecv::main()
 }

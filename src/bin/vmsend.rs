@@ -1,9 +1,5 @@
-//! See `vmferry::cli::vmsend`.
+//! Moves a running microVM to another host.
 
-use std::process::ExitCode;
-
-use clap::Parser;
-
-fn main() -> ExitCode {
-    vmferry::cli::vmsend::run(&vmferry::cli::vmsend::Args::parse())
+fn main() -> std::process::ExitCode {
+    vmferry::cli::vmsend::main()
 }

@@ -1,24 +1,12 @@
-//! Shared flags and units, progress line, JSON events, exit codes.
+//! The command lines: flags and units, exit codes, what is printed. Each program's `main` is here,
+//! so that the binaries only call it.
 
+pub mod exit;
+pub mod log;
+pub mod output;
 pub mod progress;
+pub mod units;
+pub mod vmctl;
 pub mod vmrecv;
+pub mod vmrun;
 pub mod vmsend;
-
-use serde::Serialize;
-
-use crate::migrate::outcome::{Ending, MigrateError, Side};
-use crate::state::Problem;
-
-/// A failure as the last JSON line has it.
-#[derive(Serialize)]
-pub struct FailureReport<'a> {
-    ending: Ending,
-    side: Side,
-    cause: &'a str,
-    problems: &'a [Problem],
-}
-
-/// What `error` is in JSON.
-pub fn failure(error: &MigrateError) -> FailureReport<'_> {
-    FailureReport { ending: error.ending, side: error.side, cause: &error.cause, problems: &error.problems }
-}

@@ -1,6 +1,6 @@
 //! What a person, or a program, sees of a mover at work.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -8,8 +8,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::control::mover::MoverProgress;
+use crate::migrate::outcome::MigrateError;
 use crate::migrate::report::Observer;
 use crate::migrate::service::Board;
+
+use super::exit::Exit;
+use super::output;
 
 /// Shows progress on standard error, events as JSON on standard output, both or neither. A closed
 /// standard output or error changes nothing.
@@ -47,25 +51,32 @@ impl Display {
         self.board.clone()
     }
 
-    /// The last word: JSON as the last line of standard output, or `text` for people.
-    pub fn end<T: Serialize>(&mut self, exit_code: u8, result: &T, text: &str) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+    /// The last word of a success: JSON as the last line of standard output, or `text` for people.
+    pub fn done<T: Serialize>(&mut self, result: &T, text: &str) {
+        self.clear();
         if self.json {
-            self.line(&Line::Result { exit_code, result });
-        } else if exit_code != 0 {
-            say(&format!("{}: {text}", self.program));
+            output::json(&Line::Result { exit_code: Exit::Done.code(), result });
         } else if self.notes {
-            say(text);
+            for line in text.lines() {
+                output::complain(self.program, line);
+            }
         }
     }
 
-    fn line<T: Serialize>(&self, line: &Line<'_, T>) {
-        if let Ok(mut text) = serde_json::to_string(line) {
-            text.push('\n');
-            let mut out = std::io::stdout().lock();
-            let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    /// The last word of a failure, on standard error in any case; gives the exit code.
+    pub fn failed(&mut self, error: &MigrateError) -> Exit {
+        self.clear();
+        let exit = Exit::from(error.ending);
+        if self.json {
+            output::json(&Line::Result { exit_code: exit.code(), result: error });
+        }
+        output::complain(self.program, error);
+        exit
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
         }
     }
 }
@@ -78,24 +89,19 @@ impl Observer for Display {
             bar.tick();
         }
         if self.json {
-            self.line::<()>(&Line::Progress { progress });
+            output::json(&Line::<'_, ()>::Progress { progress });
         }
     }
 
     fn note(&mut self, text: &str) {
         if self.json {
-            self.line::<()>(&Line::Note { text });
+            output::json(&Line::<'_, ()>::Note { text });
         } else if let Some(bar) = &self.bar {
-            bar.suspend(|| say(&format!("{}: {text}", self.program)));
+            bar.suspend(|| output::complain(self.program, text));
         } else if self.notes {
-            say(&format!("{}: {text}", self.program));
+            output::complain(self.program, text);
         }
     }
-}
-
-/// A line on standard error, if anybody still reads it.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Pass, sent, left, dirty rate, bandwidth, expected downtime, time.

@@ -14,11 +14,15 @@ use crate::migrate::host::HostOptions;
 use crate::migrate::options::{Arrived, ReceiveOptions};
 use crate::transport::{Address, needs_insecure};
 
+use super::exit::{self, Exit};
+use super::log::{self, LogLevel};
+use super::output::complain;
 use super::progress::Display;
+use super::units::duration;
 
 /// Takes a microVM in from another host.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "vmrecv", version, about, long_about = LONG_ABOUT, after_long_help = AFTER_HELP)]
+#[command(name = NAME, version, about, long_about = LONG_ABOUT, after_long_help = after_help())]
 pub struct Args {
     /// Where to wait for vmsend: tcp:HOST:PORT, unix:PATH, exec:COMMAND or -
     ///
@@ -34,7 +38,7 @@ pub struct Args {
     #[arg(long)]
     pub attach: bool,
 
-    /// The guest's serial port: file:PATH, pty or none
+    /// The guest's serial port: stdio (output only), file:PATH, pty or none
     #[arg(long, value_name = "WHERE", default_value = "none", conflicts_with = "attach")]
     pub serial: String,
 
@@ -51,11 +55,11 @@ pub struct Args {
     pub insecure: bool,
 
     /// How long a silence of the other side counts as its death
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub peer_timeout: Duration,
 
     /// How long to wait for a source that was lost after the guest began to run here
-    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
     pub linger: Duration,
 
     /// One JSON object a line on standard output, the result last
@@ -65,7 +69,13 @@ pub struct Args {
     /// Errors only
     #[arg(short, long)]
     pub quiet: bool,
+
+    /// What to tell on standard error beside that
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
+    pub log: LogLevel,
 }
+
+const NAME: &str = "vmrecv";
 
 const LONG_ABOUT: &str = "\
 Takes a microVM in from another host.
@@ -75,25 +85,34 @@ that vmrun, from where it can be sent on at once. An attempt that fails leaves i
 next. Once the guest is acknowledged it is held until the source says RUN or REVOKE, for ever if need
 be: a time-out never decides.";
 
-const AFTER_HELP: &str = "\
+/// What the codes say on this side.
+const CODES: &[(Exit, &str)] = &[
+    (Exit::Done, "a guest has come and runs here"),
+    (Exit::Failed, "failed: there is no guest here"),
+    (Exit::Usage, "usage: nothing was touched"),
+    (Exit::Refused, "this host cannot take the guest (where it cannot wait for another)"),
+    (Exit::PeerFailed, "the peer, the link or the protocol failed (likewise)"),
+    (Exit::Unknown, "outcome unknown: the guest is held here for the source's word"),
+    (Exit::Lost, "the guest is lost"),
+    (Exit::Signal(2), "SIGINT was honoured while waiting or loading: the source has its guest"),
+    (Exit::Signal(15), "SIGTERM, likewise"),
+];
+
+fn after_help() -> String {
+    format!(
+        "\
 EXAMPLES
   vmrecv --control /run/vm.sock tcp:127.0.0.1:7070
   vmrecv --control /run/vm.sock --serial file:/var/log/guest.log --insecure tcp:0.0.0.0:7070
 
 EXIT CODES
-  0    a guest has come and runs here
-  1    failed: there is no guest here
-  2    wrong usage
-  3    this host cannot take the guest (only where it cannot wait for another)
-  5    peer, link or protocol failure (likewise)
-  7    outcome unknown: the guest is held here for the source's word
-  8    the guest is lost
-  130  stopped by SIGINT while waiting or loading: the source has its guest
-  143  stopped by SIGTERM, likewise
-
+{}
 FILES
   SOCK.session.json  the record of who owns the guest, kept as long as it is acknowledged and not
-                     yet handed over";
+                     yet handed over",
+        exit::table(CODES)
+    )
+}
 
 fn remap(text: &str) -> Result<Remap, String> {
     match text.split_once('=') {
@@ -120,30 +139,34 @@ impl Args {
 }
 
 /// Runs the program.
-pub fn run(args: &Args) -> ExitCode {
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    log::start(args.log);
     if let Some(why) = needs_insecure(&args.listen).filter(|_| !args.insecure) {
-        eprintln!("vmrecv: {why}");
-        return ExitCode::from(2);
+        complain(NAME, why);
+        return Exit::Usage.into();
     }
-    let mut display = Display::new("vmrecv", args.quiet, args.json);
+    let stream_on_stdout = args.listen == Address::Stdio;
+    if stream_on_stdout && (args.json || args.serial == "stdio") {
+        complain(NAME, "the stream has standard output: neither --json nor --serial stdio goes with it");
+        return Exit::Usage.into();
+    }
     let stop = Arc::new(AtomicUsize::new(0));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         if let Err(error) = signal_hook::flag::register_usize(signal, stop.clone(), signal as usize) {
-            eprintln!("vmrecv: cannot handle signals: {error}");
-            return ExitCode::from(1);
+            complain(NAME, format_args!("cannot handle signals: {error}"));
+            return Exit::Failed.into();
         }
     }
-    match dest::receive(&args.options(), &stop, &mut display) {
+    let mut display = Display::new(NAME, args.quiet, args.json);
+    let exit = match dest::receive(&args.options(), &stop, &mut display) {
         Ok(arrived) => {
-            display.end(0, &arrived, &arrived_text(&arrived));
-            ExitCode::SUCCESS
+            display.done(&arrived, &arrived_text(&arrived));
+            Exit::Done
         }
-        Err(error) => {
-            let code = error.ending.exit_code();
-            display.end(code, &super::failure(&error), &error.to_string());
-            ExitCode::from(code)
-        }
-    }
+        Err(error) => display.failed(&error),
+    };
+    exit.into()
 }
 
 fn arrived_text(a: &Arrived) -> String {

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use clap::{Parser, ValueEnum};
 
 use crate::migrate::convergence::{OnTimeout, Policy};
@@ -15,11 +14,15 @@ use crate::migrate::settings::Settings;
 use crate::migrate::{handover, source};
 use crate::transport::{Address, needs_insecure};
 
+use super::exit::{self, Exit};
+use super::log::{self, LogLevel};
+use super::output::complain;
 use super::progress::{Display, size};
+use super::units::{Rate, duration};
 
 /// Moves a running microVM to another host.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "vmsend", version, about, long_about = LONG_ABOUT, after_long_help = AFTER_HELP)]
+#[command(name = NAME, version, about, long_about = LONG_ABOUT, after_long_help = after_help())]
 pub struct Args {
     /// Control socket of the vmrun that has the guest
     #[arg(long, value_name = "SOCK")]
@@ -37,11 +40,11 @@ pub struct Args {
     ///
     /// Passes are made until the expected downtime is below this, and on as long as each pass
     /// clearly shortens it.
-    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = duration)]
     pub downtime: Duration,
 
     /// After this long, do what --on-timeout says
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub timeout: Option<Duration>,
 
     /// After this many passes, do what --on-timeout says
@@ -54,9 +57,9 @@ pub struct Args {
     #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel")]
     pub on_timeout: OnTimeoutArg,
 
-    /// The most bytes a second to send, as in 100M or 1G; 0 for no limit
-    #[arg(long, value_name = "BYTES/S", default_value = "0", value_parser = bytes)]
-    pub bwlimit: u64,
+    /// The most to send, in bytes a second (100M, 1G) or bits (800Mbit); 0 for no limit
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    pub bwlimit: Rate,
 
     /// Connections that carry pages
     ///
@@ -79,18 +82,18 @@ pub struct Args {
     pub insecure: bool,
 
     /// How long a silence of the other side counts as its death
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub peer_timeout: Duration,
 
     /// How long connecting may take
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub connect_timeout: Duration,
 
     /// How long to try to reach a destination that may have taken the guest over
     ///
     /// Only between the commitment and its confirmation. When it is over both sides still hold
     /// still, the exit code is 7, and --resume tries again.
-    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
     pub recover_timeout: Duration,
 
     /// Go on with a migration whose vmsend was killed after the guest was committed
@@ -112,6 +115,10 @@ pub struct Args {
     /// No progress line and no summary; errors only
     #[arg(short, long)]
     pub quiet: bool,
+
+    /// What to tell on standard error beside that
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
+    pub log: LogLevel,
 }
 
 /// `--on-timeout`
@@ -123,6 +130,8 @@ pub enum OnTimeoutArg {
     Force,
 }
 
+const NAME: &str = "vmsend";
+
 const LONG_ABOUT: &str = "\
 Moves a running microVM to another host.
 
@@ -132,7 +141,9 @@ and vCPUs follow, and the destination restores all of it before it acknowledges.
 guest committed, and only then does the destination let it run. Whatever fails before, the guest
 goes on at the source; whatever fails after, at no time do two copies run.";
 
-const AFTER_HELP: &str = "\
+fn after_help() -> String {
+    format!(
+        "\
 EXAMPLES
   vmsend --vm /run/vm.sock tcp:127.0.0.1:7070
   vmsend --vm /run/vm.sock --insecure --downtime 50ms --bwlimit 200M tcp:hostb:7070
@@ -140,28 +151,15 @@ EXAMPLES
   vmsend --vm /run/vm.sock --resume
 
 EXIT CODES
-  0    done: the destination has the guest
-  1    failed: the source has the guest
-  2    wrong usage: nothing was touched
-  3    refused by preflight: the source has the guest, untouched
-  4    did not converge: the source has the guest
-  5    peer, link or protocol failure: the source has the guest
-  6    interrupted, can be resumed: nobody runs the guest, nothing is lost
-  7    outcome unknown: both sides hold still
-  8    the guest is lost
-  130  stopped by SIGINT: the source has the guest
-  143  stopped by SIGTERM: the source has the guest
-
+{}
 SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are refused
 with a message.
 
 FILES
   SOCK.session.json  beside vmrun's control socket: the record of who owns the guest, kept as long
-                     as it is committed to, or acknowledged by, another host";
-
-/// A number of bytes with a unit: 100M and 1G are powers of 1000, 100Mi and 1Gi of 1024.
-fn bytes(text: &str) -> Result<u64, String> {
-    text.parse::<ByteSize>().map(|b| b.as_u64()).map_err(|_| format!("{text:?} is no amount of bytes, as in 100M"))
+                     as it is committed to, or acknowledged by, another host",
+        exit::table(exit::MOVER_CODES)
+    )
 }
 
 impl Args {
@@ -185,32 +183,35 @@ impl Args {
                 },
                 switch_now: false,
             },
-            bandwidth_limit: self.bwlimit,
+            bandwidth_limit: self.bwlimit.0,
         }
     }
 }
 
 /// Runs the program.
-pub fn run(args: &Args) -> ExitCode {
-    if let Some(why) = args.dest.as_ref().and_then(needs_insecure).filter(|_| !args.insecure) {
-        eprintln!("vmsend: {why}");
-        return ExitCode::from(2);
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    log::start(args.log);
+    let dest = args.dest.as_ref();
+    if let Some(why) = dest.and_then(needs_insecure).filter(|_| !args.insecure) {
+        complain(NAME, why);
+        return Exit::Usage.into();
+    }
+    if args.json && dest == Some(&Address::Stdio) {
+        complain(NAME, "--json and the stream cannot both have standard output");
+        return Exit::Usage.into();
     }
     let options = args.options();
     let settings = Settings::new(options.policy, options.bandwidth_limit);
-    let mut display = Display::new("vmsend", args.quiet, args.json);
-    let result = send(args, &options, &settings, &mut display);
-    match result {
+    let mut display = Display::new(NAME, args.quiet, args.json);
+    let exit = match send(&args, &options, &settings, &mut display) {
         Ok(summary) => {
-            display.end(0, &summary, &summary_text(&summary));
-            ExitCode::SUCCESS
+            display.done(&summary, &summary_text(&summary));
+            Exit::Done
         }
-        Err(error) => {
-            let code = error.ending.exit_code();
-            display.end(code, &super::failure(&error), &error.to_string());
-            ExitCode::from(code)
-        }
-    }
+        Err(error) => display.failed(&error),
+    };
+    exit.into()
 }
 
 fn send(args: &Args, options: &SendOptions, settings: &Settings, display: &mut Display) -> Result<Summary, MigrateError> {

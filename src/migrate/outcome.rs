@@ -19,7 +19,7 @@ pub enum Side {
     Link,
 }
 
-/// Who has the guest after a mover has ended. Each value is an exit code (see `cli::exit`).
+/// Who has the guest after a mover has ended. Each value has its exit code (`cli::exit`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ending {
@@ -43,25 +43,8 @@ pub enum Ending {
     Signalled(i32),
 }
 
-impl Ending {
-    /// The exit code that says so; the table is in every man page.
-    pub fn exit_code(self) -> u8 {
-        match self {
-            Self::Moved => 0,
-            Self::Failed => 1,
-            Self::Unsuitable => 3,
-            Self::NotConverged => 4,
-            Self::PeerFailed => 5,
-            Self::Resumable => 6,
-            Self::Unknown => 7,
-            Self::Lost => 8,
-            Self::Signalled(signal) => 128_u8.saturating_add(u8::try_from(signal).unwrap_or(0)),
-        }
-    }
-}
-
 /// A migration that did not move the guest.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
 pub struct MigrateError {
     /// Who has the guest.
     pub ending: Ending,
