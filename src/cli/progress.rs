@@ -89,13 +89,13 @@ impl Observer for Display {
             bar.tick();
         }
         if self.json {
-            output::json(&Line::<'_, ()>::Progress { progress });
+            output::json(&Line::Progress::<()> { progress });
         }
     }
 
     fn note(&mut self, text: &str) {
         if self.json {
-            output::json(&Line::<'_, ()>::Note { text });
+            output::json(&Line::Note::<()> { text });
         } else if let Some(bar) = &self.bar {
             bar.suspend(|| output::complain(self.program, text));
         } else if self.notes {
