@@ -18,9 +18,12 @@ pub const CONTROL_VERSION: u32 = 1;
 /// The longest line either side accepts, in bytes.
 pub const MAX_LINE_BYTES: usize = 4 << 20;
 
+/// The most file descriptors that come with one line.
+pub const MAX_LINE_FDS: usize = 32;
+
 /// A request with its number.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Call {
+pub struct Call<R = Request> {
     /// Chosen by the client; the answer carries it.
     pub id: u64,
     /// How many file descriptors come with the line.
@@ -28,7 +31,7 @@ pub struct Call {
     pub fds: u32,
     /// What is asked.
     #[serde(flatten)]
-    pub request: Request,
+    pub request: R,
 }
 
 /// Everything that can be asked of a `vmrun`.
@@ -350,6 +353,15 @@ pub struct Imported {
     pub import_us: u64,
     /// Synchronising the vCPUs into KVM.
     pub sync_us: u64,
+}
+
+impl super::ControlRequest for Request {
+    fn hello(&self) -> Option<(u32, &str)> {
+        match self {
+            Self::Hello { version, client } => Some((*version, client)),
+            _ => None,
+        }
+    }
 }
 
 impl Failure {

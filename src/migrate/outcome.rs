@@ -151,3 +151,8 @@ pub struct Summary {
 pub fn ms(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
+
+/// A failure of this host's own before the fence: the source goes on.
+pub fn here(error: impl fmt::Display) -> MigrateError {
+    MigrateError::new(Ending::Failed, Side::Source, error)
+}

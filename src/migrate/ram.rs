@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
 
-use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap};
+use crate::memory::{PAGE_BYTES, PageIndex, PageRun, RamMap};
 
 /// RAM of a guest that a `vmrun` hosts.
 #[derive(Debug)]
@@ -67,25 +67,44 @@ impl Ram {
         Some(Span { region, offset, bytes: run.pages.saturating_mul(PAGE_BYTES).min(left) })
     }
 
-    /// The pages that have memory behind them; all others are holes, which read as zero. A page
-    /// that gets memory later was written later, and is in the dirty log.
-    pub fn resident(&self) -> io::Result<PageSet> {
-        let mut set = PageSet::new(self.map.total_pages());
-        for (i, (file, region)) in self.files.iter().zip(self.map.regions()).enumerate() {
-            let first = self.map.first_page(i).0;
-            let mut at = 0i64;
-            let end = region.bytes as i64;
-            while at < end {
-                let data = match lseek64(file, at, Whence::SeekData) {
-                    Err(Errno::ENXIO) => break,
-                    other => other?.min(end),
-                };
-                at = lseek64(file, data, Whence::SeekHole)?.min(end);
-                let pages = (at as u64).div_ceil(PAGE_BYTES) - data as u64 / PAGE_BYTES;
-                set.insert_run(PageRun { first: PageIndex(first + data as u64 / PAGE_BYTES), pages });
+    /// Those of the `pages` pages from `first` on that have memory behind them; all others are
+    /// holes, which read as zero. A page that gets memory later is written later, and then is in
+    /// the dirty log.
+    pub fn resident(&self, first: PageIndex, pages: u64) -> io::Result<Vec<PageRun>> {
+        let mut runs = Vec::new();
+        let mut rest = PageRun { first, pages };
+        while rest.pages > 0
+            && let Some(span) = self.span(rest)
+        {
+            let before = rest.first.0 - span.offset / PAGE_BYTES;
+            for (from, to) in self.data_extents(span)? {
+                let pages = to.div_ceil(PAGE_BYTES) - from / PAGE_BYTES;
+                runs.push(PageRun { first: PageIndex(before + from / PAGE_BYTES), pages });
             }
+            let done = span.bytes / PAGE_BYTES;
+            rest = PageRun { first: PageIndex(rest.first.0 + done), pages: rest.pages - done };
         }
-        Ok(set)
+        Ok(runs)
+    }
+
+    /// The byte ranges of `span` that are no holes.
+    fn data_extents(&self, span: Span) -> io::Result<Vec<(u64, u64)>> {
+        let file = &self.files[span.region];
+        let mut extents = Vec::new();
+        let mut at = span.offset as i64;
+        let end = (span.offset + span.bytes) as i64;
+        while at < end {
+            let data = match lseek64(file, at, Whence::SeekData) {
+                Err(Errno::ENXIO) => break,
+                other => other?,
+            };
+            if data >= end {
+                break;
+            }
+            at = lseek64(file, data, Whence::SeekHole)?.min(end);
+            extents.push((data as u64, at as u64));
+        }
+        Ok(extents)
     }
 
     /// Writes `data` to `span`. Through the file, not a mapping: a fresh page is then neither
@@ -104,7 +123,6 @@ impl Ram {
     /// pages are, whatever is a hole. The guest must stand still. Uses all CPUs.
     pub fn digest(&self) -> io::Result<String> {
         const SPAN_PAGES: u64 = 16 << 10;
-        let resident = self.resident()?;
         let spans = self.map.total_pages().div_ceil(SPAN_PAGES) as usize;
         let next = AtomicUsize::new(0);
         let hash_some = || -> io::Result<Vec<(usize, blake3::Hash)>> {
@@ -115,7 +133,7 @@ impl Ram {
                     return Ok(done);
                 }
                 let first = i as u64 * SPAN_PAGES;
-                done.push((i, self.hash_span(&resident, first, first + SPAN_PAGES)?));
+                done.push((i, self.hash_span(first, SPAN_PAGES)?));
             }
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(spans);
@@ -136,20 +154,17 @@ impl Ram {
         Ok(whole.finalize().to_hex().to_string())
     }
 
-    fn hash_span(&self, resident: &PageSet, first: u64, end: u64) -> io::Result<blake3::Hash> {
+    fn hash_span(&self, first: u64, pages: u64) -> io::Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
         let mut page = [0u8; PAGE_BYTES as usize];
-        for run in resident.runs_from(PageIndex(first)) {
-            for index in run.first.0..(run.first.0 + run.pages).min(end) {
+        for run in self.resident(PageIndex(first), pages)? {
+            for index in run.first.0..run.first.0 + run.pages {
                 let Some((region, offset)) = self.map.locate(PageIndex(index)) else { break };
                 self.files[region].read_exact_at(&mut page, offset)?;
                 if page.iter().any(|b| *b != 0) {
                     hasher.update(&index.to_le_bytes());
                     hasher.update(&page);
                 }
-            }
-            if run.first.0 + run.pages >= end {
-                break;
             }
         }
         Ok(hasher.finalize())
@@ -193,10 +208,12 @@ mod tests {
     #[test]
     fn holes_zero_pages_and_data_are_told_apart() {
         let (a, b) = (ram(), ram());
-        assert!(a.resident().unwrap().is_empty());
+        assert!(a.resident(PageIndex(0), 512).unwrap().is_empty());
         a.write(a.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
         a.write(a.span(run(3, 2)).unwrap(), &[0; 8192]).unwrap();
-        assert_eq!(a.resident().unwrap().runs().collect::<Vec<_>>(), vec![run(3, 2), run(300, 1)]);
+        assert_eq!(a.resident(PageIndex(0), 512).unwrap(), vec![run(3, 2), run(300, 1)]);
+        let part = a.resident(PageIndex(4), 297).unwrap();
+        assert_eq!(part, vec![run(4, 1), run(300, 1)]);
         assert_ne!(a.digest().unwrap(), b.digest().unwrap());
         b.write(b.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
         assert_eq!(a.digest().unwrap(), b.digest().unwrap());

@@ -1,19 +1,26 @@
 //! What the operator can change while a migration runs, and what the migration tells meanwhile.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use crate::control::mover::MoverSettings;
 
 use super::convergence::Policy;
 
 /// The settings of a migration under way, shared with whoever may change them.
 #[derive(Clone, Debug)]
-pub struct Settings(Arc<Mutex<Live>>);
+pub struct Settings {
+    live: Arc<Mutex<Live>>,
+    /// The number of a signal that wants the migration to stop, 0 for none. Set from signal handlers.
+    signal: Arc<AtomicUsize>,
+}
 
 #[derive(Debug)]
 struct Live {
     policy: Policy,
     bandwidth_limit: u64,
-    cancel: Option<Stop>,
+    cancelled: bool,
     want_back: bool,
 }
 
@@ -29,7 +36,13 @@ pub enum Stop {
 impl Settings {
     /// `bandwidth_limit` in bytes per second over all channels, 0 for none.
     pub fn new(policy: Policy, bandwidth_limit: u64) -> Self {
-        Self(Arc::new(Mutex::new(Live { policy, bandwidth_limit, cancel: None, want_back: false })))
+        let live = Live { policy, bandwidth_limit, cancelled: false, want_back: false };
+        Self { live: Arc::new(Mutex::new(live)), signal: Arc::default() }
+    }
+
+    /// Where a signal handler puts its signal's number to stop the migration.
+    pub fn signal_slot(&self) -> Arc<AtomicUsize> {
+        self.signal.clone()
     }
 
     /// The policy as it is now.
@@ -57,19 +70,34 @@ impl Settings {
         self.lock().bandwidth_limit = bytes_per_s;
     }
 
-    /// Asks to stop; the first to ask is remembered.
-    pub fn cancel(&self, who: Stop) {
-        self.lock().cancel.get_or_insert(who);
+    /// Asks to stop.
+    pub fn cancel(&self) {
+        self.lock().cancelled = true;
     }
 
     /// Who asked to stop, if anybody has.
     pub fn cancelled(&self) -> Option<Stop> {
-        self.lock().cancel
+        match self.signal.load(Ordering::Relaxed) {
+            0 => self.lock().cancelled.then_some(Stop::Operator),
+            signal => Some(Stop::Signal(signal as i32)),
+        }
     }
 
     /// Takes a wish to stop back, after it was refused.
     pub fn forget_cancel(&self) -> Option<Stop> {
-        self.lock().cancel.take()
+        let was = self.cancelled();
+        self.signal.store(0, Ordering::Relaxed);
+        self.lock().cancelled = false;
+        was
+    }
+
+    /// What the control socket tells of the settings.
+    pub fn for_control(&self) -> MoverSettings {
+        let live = self.lock();
+        MoverSettings {
+            downtime_ms: live.policy.downtime.as_millis() as u64,
+            bandwidth_bytes_per_s: Some(live.bandwidth_limit).filter(|limit| *limit > 0),
+        }
     }
 
     /// Asks for a committed guest back (REVOKE).
@@ -83,6 +111,6 @@ impl Settings {
     }
 
     fn lock(&self) -> MutexGuard<'_, Live> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

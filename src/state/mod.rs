@@ -4,8 +4,17 @@
 //! Saved types are plain data, never the runtime types; everything that comes from a peer is
 //! checked when it is read (D5, D6).
 
+mod devices;
+mod hex;
 mod machine;
 mod section;
+mod vcpu;
 
+pub use devices::{
+    CLOCK_VERSION, ClockState, IRQCHIP_VERSION, IrqchipState, PIT_VERSION, PitState, SERIAL_VERSION,
+    SerialState,
+};
+pub use hex::HexBytes;
 pub use machine::{CpuidEntry, DeviceDescription, MachineDescription, Problem, TscFrequency};
 pub use section::{MAX_STATE_BYTES, Section, SectionError, SectionKind, read_sections, write_sections};
+pub use vcpu::{MsrValue, SpecialRegisters, VCPU_VERSION, VcpuState};

@@ -2,4 +2,9 @@
 //! `vmm::memory`) and nowhere else.
 #![allow(unsafe_code)]
 
+pub mod fdpass;
+pub mod kick;
+pub mod kvm_ext;
+pub mod memfd;
+pub mod pod;
 pub mod view;

@@ -1,1 +1,26 @@
 //! The virtual machine: KVM, vCPU threads, boot, devices, saving and restoring.
+//!
+//! [`Machine`] is what the service thread holds. None of its calls waits for a vCPU: what takes time
+//! is asked for (`request_…`) and answered by a [`Notice`].
+
+pub mod boot;
+pub mod devices;
+mod dirty;
+mod error;
+mod host;
+mod machine;
+pub mod memory;
+mod notice;
+mod preflight;
+mod saved;
+mod vcpu;
+mod x86;
+
+pub use boot::KernelSource;
+pub use devices::SerialBackend;
+pub use error::{PrepareError, VmmError};
+pub use host::{HostAbilities, open_kvm};
+pub use machine::{LocalConfig, Machine, MachineConfig};
+pub use memory::GuestRam;
+pub use notice::{GuestExit, Notice, NoticeReceiver, NoticeSender, SyncTimes};
+pub use preflight::problems;

@@ -1,0 +1,422 @@
+//! The switchover on the source: READY, fence, RUN, RUNNING, and what follows when any of it is
+//! lost. [`SourceStep`] decides, this does.
+
+use std::time::{Duration, Instant};
+
+use crate::control::ClientError;
+use crate::switchover::{Ownership, OperatorWord, SourceAction, SourceInput, SourceStep};
+use crate::wire::{self, Message, ResumePhase};
+
+use super::link::{Event, Link};
+use super::options::SendOptions;
+use super::outcome::{Ending, MigrateError, Side, Summary, here, ms};
+use super::report::Observer;
+use super::settings::{Settings, Stop};
+use super::source::Migration;
+use super::source_vm::SourceVm;
+
+/// Between two tries to reach the destination: doubled each time from the first to the last.
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LAST_BACKOFF: Duration = Duration::from_secs(2);
+/// How often a wait looks at what the operator wants.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Goes on with a migration whose `vmsend` has gone after the fence.
+pub fn resume(options: &SendOptions, settings: Settings, observer: &mut dyn Observer) -> Result<Summary, MigrateError> {
+    let mut vm = SourceVm::connect(&options.vm).map_err(here)?;
+    let status = vm.client.status().map_err(here)?;
+    let Ownership::Committed { dest, .. } = status.ownership else {
+        let what = format!("nothing to resume: the vmrun at {} {}", options.vm.display(), status.ownership);
+        return Err(here(what));
+    };
+    let attached = vm.client.attach(None, &dest).map_err(here)?;
+    let machine = vm.client.machine().map_err(here)?;
+    let mut options = options.clone();
+    options.dest = attached.dest.parse().map_err(|e| here(format!("the recorded destination: {e}")))?;
+    let hello = wire::Hello {
+        version_min: wire::VERSION,
+        version_max: wire::VERSION,
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+        host: super::wires::host_name(),
+        vm_uuid: machine.uuid,
+        vm_name: machine.name,
+        resume: true,
+        superseded: None,
+        channels: 0,
+        features: vec![],
+        verify: false,
+        peer_timeout_ms: options.peer_timeout.as_millis() as u64,
+    };
+    let mut migration = Migration::new(&options, settings, observer, vm, attached.attempt, hello);
+    migration.paused = true;
+    let mut handover = Handover::new(&mut migration, SourceStep::AwaitRunning);
+    handover.reconnect(Some(attached.attempt))?;
+    handover.conduct()
+}
+
+impl Migration<'_> {
+    /// Pauses the guest, sends the rest, and hands the guest over.
+    pub(super) fn hand_over(&mut self, last_pass: u32) -> Result<Summary, MigrateError> {
+        self.phase = "switchover";
+        let start = Instant::now();
+        self.stop_and_copy(last_pass)?;
+        let mut handover = Handover::new(self, SourceStep::AwaitReady);
+        handover.paused_at = start;
+        handover.conduct()
+    }
+}
+
+struct Handover<'m, 'a> {
+    migration: &'m mut Migration<'a>,
+    step: SourceStep,
+    /// Inputs that follow from what was just done.
+    follow_up: Vec<SourceInput>,
+    /// Why the guest stays, when it does.
+    cause: Option<MigrateError>,
+    ready: wire::Ready,
+    paused_at: Instant,
+    waiting_since: Instant,
+    run_said_at: Instant,
+    want_back_said: bool,
+}
+
+impl<'m, 'a> Handover<'m, 'a> {
+    fn new(migration: &'m mut Migration<'a>, step: SourceStep) -> Self {
+        let now = Instant::now();
+        Self {
+            migration,
+            step,
+            follow_up: vec![],
+            cause: None,
+            ready: wire::Ready::default(),
+            paused_at: now,
+            waiting_since: now,
+            run_said_at: now,
+            want_back_said: false,
+        }
+    }
+
+    fn conduct(&mut self) -> Result<Summary, MigrateError> {
+        while !self.step.is_over() {
+            let input = match self.follow_up.pop() {
+                Some(input) => Some(input),
+                None => self.wait()?,
+            };
+            if let Some(input) = input {
+                self.input(input)?;
+            }
+        }
+        match self.step {
+            SourceStep::Moved => self.take_leave(),
+            SourceStep::Back => Err(self.cause.take().unwrap_or_else(|| here("the guest was taken back"))),
+            _ => Err(MigrateError::new(
+                Ending::Unknown,
+                Side::Destination,
+                "the destination knows nothing of this migration any more, so it may have run the guest and lost it; \
+                 once it is certain that it does not run there: vmctl SOCK resume --force --peer-fenced",
+            )),
+        }
+    }
+
+    /// Waits for something to happen; `None` after a tick in which nothing did.
+    fn wait(&mut self) -> Result<Option<SourceInput>, MigrateError> {
+        let event = self.migration.inbox.recv_timeout(TICK).ok();
+        if let Some(input) = event.and_then(|event| self.on_event(event)) {
+            return Ok(Some(input));
+        }
+        if let Some(stop) = self.migration.settings.cancelled() {
+            if self.step == SourceStep::AwaitReady {
+                self.cause = Some(match stop {
+                    Stop::Signal(n) => MigrateError::new(Ending::Signalled(n), Side::Source, format!("stopped by signal {n}")),
+                    Stop::Operator => here("cancelled by the operator"),
+                });
+            }
+            return Ok(Some(SourceInput::Cancel));
+        }
+        if self.migration.settings.back_wanted() && !self.want_back_said && self.step == SourceStep::AwaitRunning {
+            self.want_back_said = true;
+            return Ok(Some(SourceInput::WantBack));
+        }
+        if self.step == SourceStep::AwaitReady && !self.migration.vm.client.is_alive() {
+            // Without vmrun there is no guest to resume: say so, and let the other side go.
+            return Err(here("the source vmrun is gone: its guest has ended, or it was killed"));
+        }
+        Ok(None)
+    }
+
+    fn on_event(&mut self, event: Event) -> Option<SourceInput> {
+        let epoch = self.migration.attempt.epoch;
+        match event {
+            Event::Main(e, message) if e == epoch => self.on_message(message),
+            Event::Lost(e, why) if e == epoch && self.migration.link.is_some() => {
+                if self.step == SourceStep::AwaitReady {
+                    self.cause = Some(MigrateError::new(Ending::PeerFailed, Side::Link, why));
+                } else {
+                    self.migration.observer.note(&format!("the connection is lost ({why}); both sides hold still"));
+                }
+                Some(SourceInput::LinkLost)
+            }
+            _ => None,
+        }
+    }
+
+    fn on_message(&mut self, message: Message) -> Option<SourceInput> {
+        match message {
+            Message::Ready(ready) => {
+                if let (Some(ours), Some(theirs)) = (&self.migration.digest, &ready.digest)
+                    && ours != theirs
+                {
+                    self.cause = Some(here(format!("the digests of RAM differ: source {ours}, destination {theirs}")));
+                    return Some(SourceInput::Cancel);
+                }
+                self.ready = ready;
+                Some(SourceInput::Ready)
+            }
+            Message::Running(_) => Some(SourceInput::Running),
+            Message::Revoked => {
+                self.cause = Some(MigrateError::new(Ending::Failed, Side::Destination, "the destination gave the guest back unrun"));
+                Some(SourceInput::Revoked)
+            }
+            Message::Abort(abort) => {
+                self.cause = Some(MigrateError::new(Ending::PeerFailed, Side::Destination, abort.reason));
+                Some(SourceInput::PeerAborted)
+            }
+            Message::Refused(refused) => {
+                self.cause = Some(super::link::refusal(refused));
+                Some(SourceInput::PeerAborted)
+            }
+            other => {
+                self.migration.observer.note(&format!("{} came out of turn and is ignored", other.kind()));
+                None
+            }
+        }
+    }
+
+    fn input(&mut self, input: SourceInput) -> Result<(), MigrateError> {
+        let (next, actions) = self.step.on(input);
+        self.step = next;
+        for action in actions {
+            self.act(*action)?;
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, action: SourceAction) -> Result<(), MigrateError> {
+        let attempt = self.migration.attempt;
+        match action {
+            SourceAction::Fence => self.fence(),
+            SourceAction::SendRun => {
+                self.run_said_at = Instant::now();
+                self.migration.say(&Message::Run);
+            }
+            SourceAction::SendRevoke => self.migration.say(&Message::Revoke),
+            SourceAction::SendAbort => {
+                let reason = self.cause.as_ref().map_or_else(|| "given up".to_owned(), |c| c.cause.clone());
+                self.migration.say(&Message::Abort(wire::Abort { side: wire::Side::Source, reason }));
+                self.close_link();
+            }
+            SourceAction::TakeBack => {
+                self.migration.vm.client.peer_revoked(attempt).map_err(|e| self.held(&e))?;
+            }
+            SourceAction::Resume => self.resume_guest()?,
+            SourceAction::Reconnect => {
+                self.close_link();
+                self.reconnect(None)?;
+            }
+            SourceAction::RefuseCancel => {
+                self.migration.settings.forget_cancel();
+                let text = "too late to cancel: the guest is committed to the destination; going on until it is settled";
+                self.migration.observer.note(text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the commitment; whatever fails here leaves the guest ours.
+    fn fence(&mut self) {
+        let ready_after = self.paused_at.elapsed();
+        let fence_started = Instant::now();
+        let dest = self.migration.options.dest.to_string();
+        let attempt = self.migration.attempt;
+        let fenced = self.migration.vm.client.fence(attempt, &dest);
+        let d = &mut self.migration.downtime;
+        d.import_ms = self.ready.import_us as f64 / 1e3;
+        d.sync_ms = self.ready.sync_us as f64 / 1e3;
+        let before = d.pause_ms + d.export_ms + d.last_pass_ms + d.verify_ms + d.import_ms + d.sync_ms;
+        d.ready_ms = (ms(ready_after) - before).max(0.0);
+        d.fence_ms = ms(fence_started.elapsed());
+        match fenced {
+            Ok(()) => self.follow_up.push(SourceInput::Fenced),
+            // An answer that did not come may be a fence that stands: only a plain no is a no.
+            Err(ClientError::Refused { failure, .. }) => {
+                self.cause = Some(here(format!("the fence was refused: {failure}")));
+                self.follow_up.push(SourceInput::FenceRefused);
+            }
+            Err(error) => {
+                self.migration.observer.note(&format!("the fence got no answer: {error}"));
+                let input = match self.is_fenced() {
+                    Some(false) => SourceInput::FenceRefused,
+                    // The guest can no longer run here in any case: vmrun is gone, or it is fenced.
+                    Some(true) | None => SourceInput::Fenced,
+                };
+                self.follow_up.push(input);
+            }
+        }
+    }
+
+    /// Asks `vmrun` anew whether the fence stands; `None` when it is gone for good.
+    fn is_fenced(&mut self) -> Option<bool> {
+        let status = SourceVm::connect(&self.migration.options.vm).and_then(|mut vm| vm.client.status()).ok()?;
+        Some(matches!(status.ownership, Ownership::Committed { .. }))
+    }
+
+    fn resume_guest(&mut self) -> Result<(), MigrateError> {
+        let word = OperatorWord { force: false, peer_fenced: false };
+        let vm = &mut self.migration.vm;
+        if vm.is_logging() {
+            let _ = vm.dirty_stop();
+        }
+        match vm.client.resume(word) {
+            Ok(_) => {
+                self.migration.paused = false;
+                Ok(())
+            }
+            Err(error) => Err(here(format!("cannot resume the guest: {error}"))),
+        }
+    }
+
+    /// Connects anew with the next epoch, again and again, until the destination answers, the
+    /// operator's time is over, or it is clear that nobody there can tell.
+    fn reconnect(&mut self, mut first: Option<crate::switchover::Attempt>) -> Result<(), MigrateError> {
+        self.waiting_since = Instant::now();
+        self.migration.phase = "reconnect";
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            let attempt = match first.take() {
+                Some(attempt) => attempt,
+                None => self.next_epoch()?,
+            };
+            self.migration.attempt = attempt;
+            self.migration.hello.resume = true;
+            let m = &mut *self.migration;
+            let why = match Link::connect(m.options, attempt, &m.hello, &m.events) {
+                Ok((link, ack)) => {
+                    m.link = Some(link);
+                    m.phase = "switchover";
+                    self.follow_up.extend(phase_input(ack.resume_phase));
+                    return Ok(());
+                }
+                Err(error) => error.cause,
+            };
+            let limit = self.migration.options.recover_timeout;
+            if self.waiting_since.elapsed() >= limit {
+                return Err(MigrateError::new(
+                    Ending::Unknown,
+                    Side::Link,
+                    format!(
+                        "the destination was told to run the guest, or was about to be, and cannot be reached ({why}): \
+                         `vmsend --resume --vm {}` asks it again; if that host is fenced off for good, \
+                         `vmctl {} resume --force --peer-fenced` brings the guest back with nothing lost",
+                        self.migration.options.vm.display(),
+                        self.migration.options.vm.display()
+                    ),
+                ));
+            }
+            self.pause_between_tries(backoff);
+            backoff = (backoff * 2).min(LAST_BACKOFF);
+        }
+    }
+
+    /// Sleeps, but hears the operator.
+    fn pause_between_tries(&mut self, backoff: Duration) {
+        let until = Instant::now() + backoff;
+        while Instant::now() < until {
+            std::thread::sleep(TICK.min(until.saturating_duration_since(Instant::now())));
+            if self.migration.settings.forget_cancel().is_some() {
+                self.migration.observer.note(
+                    "too late to cancel: the destination may run the guest; trying to reach it \
+                     (vmctl resume --force --peer-fenced on the source's vmrun ends this)",
+                );
+            }
+        }
+        self.migration.tick_now(0, 0);
+    }
+
+    fn next_epoch(&mut self) -> Result<crate::switchover::Attempt, MigrateError> {
+        let dest = self.migration.options.dest.to_string();
+        match self.migration.vm.client.attach(None, &dest) {
+            Ok(attached) => Ok(attached.attempt),
+            // vmrun is gone, its copy with it: RUN is still right, and epochs can be counted here.
+            Err(error) if error.is_disconnect() => {
+                let mut attempt = self.migration.attempt;
+                attempt.epoch += 1;
+                Ok(attempt)
+            }
+            // An operator has decided otherwise meanwhile.
+            Err(error) => Err(MigrateError::new(Ending::Unknown, Side::Source, error)),
+        }
+    }
+
+    /// The destination runs: both sides compare their counts, and the source lets go.
+    fn take_leave(&mut self) -> Result<Summary, MigrateError> {
+        let m = &mut *self.migration;
+        m.downtime.run_ms = ms(self.run_said_at.elapsed());
+        m.downtime.total_ms = ms(self.paused_at.elapsed());
+        m.phase = "done";
+        let (pages, zero_pages) = m.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
+        m.say(&Message::Done(wire::Done { pages, zero_pages, digest: m.digest.clone() }));
+        let theirs = self.await_done();
+        let m = &mut *self.migration;
+        if let Some(theirs) = theirs
+            && m.bulk.is_some()
+            && (theirs.pages, theirs.zero_pages) != (pages, zero_pages)
+        {
+            m.observer.note(&format!(
+                "the counts differ: {pages} + {zero_pages} pages were sent, {} + {} placed",
+                theirs.pages, theirs.zero_pages
+            ));
+        }
+        let summary = m.summary();
+        if let Err(error) = m.vm.client.release(m.attempt, m.options.keep_source) {
+            m.observer.note(&format!("the source vmrun was not released: {error}"));
+        }
+        if let Some(bulk) = &m.bulk {
+            bulk.queue.stop();
+        }
+        self.close_link();
+        Ok(summary)
+    }
+
+    /// The receiver's DONE, if it comes: the guest runs there whether or not it does.
+    fn await_done(&mut self) -> Option<wire::Done> {
+        let until = Instant::now() + self.migration.options.peer_timeout;
+        while Instant::now() < until {
+            match self.migration.inbox.recv_timeout(TICK) {
+                Ok(Event::Main(_, Message::Done(done))) => return Some(done),
+                Ok(Event::Lost(..)) => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+
+    fn close_link(&mut self) {
+        if let Some(link) = self.migration.link.take() {
+            link.close();
+        }
+    }
+
+    fn held(&self, error: &ClientError) -> MigrateError {
+        MigrateError::new(Ending::Unknown, Side::Source, error)
+    }
+}
+
+fn phase_input(phase: Option<ResumePhase>) -> Option<SourceInput> {
+    Some(match phase? {
+        ResumePhase::Running => SourceInput::Running,
+        ResumePhase::InDoubt => SourceInput::PeerInDoubt,
+        ResumePhase::Revoked => SourceInput::Revoked,
+        // RUN was said only after READY: a destination that is loading is not the one we spoke to.
+        ResumePhase::Loading | ResumePhase::Unknown => SourceInput::PeerForgot,
+    })
+}

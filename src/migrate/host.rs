@@ -1,0 +1,139 @@
+//! The `vmrun --incoming` that a receiver fills: started or attached to, and driven over its
+//! control socket.
+
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::control::{Client, ClientError, Imported, Remap};
+use crate::state::MachineDescription;
+use crate::switchover::{Attempt, Ownership};
+use crate::sys::memfd;
+
+use super::outcome::{Ending, MigrateError, Side};
+use super::ram::Ram;
+
+/// How long a `vmrun` may take until its control socket answers.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Which `vmrun` takes the guest.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Its control socket.
+    pub control: PathBuf,
+    /// Use the one that listens there already instead of starting one.
+    pub attach: bool,
+    /// The program to start; the one beside this program when `None`.
+    pub vmrun: Option<PathBuf>,
+    /// Its `--serial`.
+    pub serial: String,
+    /// Host ends of devices, by id.
+    pub remap: Vec<Remap>,
+}
+
+/// A connection to that `vmrun`, and the process when it was started here.
+#[derive(Debug)]
+pub struct Host {
+    options: HostOptions,
+    /// The control connection.
+    pub client: Client,
+    child: Option<Child>,
+}
+
+impl Host {
+    /// Starts `vmrun --incoming`, or attaches to one.
+    pub fn open(options: &HostOptions) -> Result<Self, MigrateError> {
+        let child = if options.attach { None } else { Some(spawn(options)?) };
+        let mut child = child;
+        let client = match &mut child {
+            None => Client::connect(&options.control, "vmrecv").map_err(failed)?,
+            Some(child) => match await_socket(&options.control, child) {
+                Ok(client) => client,
+                Err(error) => {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    return Err(error);
+                }
+            },
+        };
+        Ok(Self { options: options.clone(), client, child })
+    }
+
+    /// Makes the machine, empty, and gives its RAM.
+    pub fn prepare(&mut self, attempt: Attempt, machine: &MachineDescription) -> Result<Ram, ClientError> {
+        let (prepared, memfds) = self.client.prepare(attempt, machine, self.options.remap.clone())?;
+        let path = || self.client.path().to_owned();
+        Ram::new(prepared.ram.map, memfds).map_err(|source| ClientError::Io { path: path(), source })
+    }
+
+    /// A second connection, for the import, which may take long.
+    pub fn second(&self) -> Result<Client, ClientError> {
+        Client::connect(&self.options.control, "vmrecv")
+    }
+
+    /// Ends an empty `vmrun` that was started here; one that was attached to is left as it is.
+    pub fn close(mut self) {
+        if let Some(mut child) = self.child.take() {
+            if self.client.quit(false).is_err() {
+                let _ = child.kill();
+            }
+            let _ = child.wait();
+        }
+    }
+
+    /// Whether it can take a guest, or what it holds instead.
+    pub fn check_empty(&mut self) -> Result<(), MigrateError> {
+        let status = self.client.status().map_err(failed)?;
+        match status.ownership {
+            Ownership::Empty { .. } => Ok(()),
+            _ => Err(MigrateError::new(
+                Ending::Failed,
+                Side::Destination,
+                format!("the vmrun at {} {}", self.options.control.display(), status.ownership),
+            )),
+        }
+    }
+}
+
+/// Restores devices and synchronises the vCPUs from `state`, on a connection of its own.
+pub fn import(mut client: Client, attempt: Attempt, state: &[u8]) -> Result<Imported, ClientError> {
+    let io = |source| ClientError::Io { path: client.path().to_owned(), source };
+    let memfd = memfd::create_sealed(c"vm-state", state.len() as u64).map_err(io)?;
+    memfd.write_all_at(state, 0).map_err(io)?;
+    client.import(attempt, &memfd, state.len() as u64)
+}
+
+fn spawn(options: &HostOptions) -> Result<Child, MigrateError> {
+    let program = match &options.vmrun {
+        Some(path) => path.clone(),
+        None => std::env::current_exe().map(|exe| exe.with_file_name("vmrun")).map_err(failed)?,
+    };
+    let mut command = Command::new(&program);
+    command.arg("--incoming").arg("--control").arg(&options.control).arg("--serial").arg(&options.serial);
+    // It outlives us, also when a terminal's Ctrl-C reaches our process group.
+    command.process_group(0).stdin(Stdio::null());
+    command.spawn().map_err(|e| failed(format!("cannot start {}: {e}", program.display())))
+}
+
+/// Connects as soon as the new `vmrun` listens. A pause of 2 ms between tries: there is no event
+/// to wait for before the socket exists.
+fn await_socket(control: &Path, child: &mut Child) -> Result<Client, MigrateError> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            return Err(failed(format!("vmrun ended at once ({status})")));
+        }
+        match Client::connect(control, "vmrecv") {
+            Ok(client) if client.server().pid == child.id() => return Ok(client),
+            Ok(_) => return Err(failed(format!("{} belongs to another vmrun (--attach uses it)", control.display()))),
+            Err(e) if start.elapsed() > START_TIMEOUT => return Err(failed(e)),
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> MigrateError {
+    MigrateError::new(Ending::Failed, Side::Destination, error)
+}

@@ -1,0 +1,200 @@
+//! The passes: RAM goes out while the guest runs, then what it dirtied meanwhile, and so on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet};
+
+use super::bulk::{Counters, Views};
+use super::convergence::PassReport;
+use super::outcome::MigrateError;
+use super::queue::{Chunk, PassQueue};
+
+/// Pages in one frame, at most: what fits the CPU's cache on both sides.
+const CHUNK_PAGES: u64 = 64;
+/// Pages whose dirty log is re-armed at once, just before they are read: the shorter the time
+/// between the two, the fewer pages are sent twice.
+const WINDOW_PAGES: u64 = 4096;
+/// Runs of zero pages in one frame, at most.
+const CHUNK_RUNS: usize = 1024;
+
+/// What a pass needs from whoever conducts the migration.
+pub trait Conductor {
+    /// Re-arms the dirty log for pages that are about to be read.
+    fn clear_dirty(&mut self, run: PageRun) -> Result<(), MigrateError>;
+    /// Called every few milliseconds: shows progress, and ends the pass when the operator, the link
+    /// or the guest says so. `left_pages` have not been handed out yet.
+    fn tick(&mut self, pass: u32, left_pages: u64) -> Result<(), MigrateError>;
+    /// Waits for the receiver's word that it has placed all pages of `pass`.
+    fn await_pass(&mut self, pass: u32) -> Result<(), MigrateError>;
+    /// Why the channels stopped taking work.
+    fn why_stopped(&mut self) -> MigrateError;
+}
+
+/// One pass over `set`.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// Counted from 1.
+    pub number: u32,
+    /// The pages to send.
+    pub set: &'a PageSet,
+    /// Whether the guest runs, so that the log has to be re-armed.
+    pub guest_runs: bool,
+    /// Whether nothing has been sent before, so that holes are told as zero without being read.
+    pub first: bool,
+}
+
+/// The bulk channels as the passes see them.
+#[derive(Clone, Debug)]
+pub struct Bulk {
+    /// Where work is put.
+    pub queue: Arc<PassQueue>,
+    /// The RAM that is sent.
+    pub views: Arc<Views>,
+    /// What has gone out.
+    pub counters: Arc<Counters>,
+}
+
+impl Bulk {
+    /// Sends one pass and waits until the receiver has placed it. `dirty_after_pages` of the report
+    /// is for the caller to fill in.
+    pub fn run_pass(&self, pass: &Pass, conductor: &mut impl Conductor) -> Result<PassReport, MigrateError> {
+        let start = Instant::now();
+        let (data_before, _) = self.counters.get();
+        let total = pass.set.capacity();
+        let pages = pass.set.count();
+        let mut left = pages;
+        let mut window = 0;
+        while window < total && left > 0 {
+            let end = (window + WINDOW_PAGES).min(total);
+            let runs: Vec<PageRun> = clip(pass.set, window, end).collect();
+            if !runs.is_empty() {
+                if pass.guest_runs {
+                    conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
+                }
+                self.hand_out(pass, &runs, window, end, conductor)?;
+                left -= runs.iter().map(|r| r.pages).sum::<u64>();
+                conductor.tick(pass.number, left)?;
+            }
+            window = end;
+        }
+        self.queue.seal(pass.number);
+        conductor.await_pass(pass.number)?;
+        let (data_after, _) = self.counters.get();
+        Ok(PassReport {
+            pages,
+            wire_bytes: (data_after - data_before) * PAGE_BYTES,
+            elapsed: start.elapsed().max(Duration::from_micros(1)),
+            dirty_after_pages: 0,
+        })
+    }
+
+    /// Puts the runs of one window into the queue. The holes of the first pass are looked up only
+    /// now, after the window's log was re-armed: a page that gets memory later is in the log.
+    fn hand_out(
+        &self,
+        pass: &Pass,
+        runs: &[PageRun],
+        from: u64,
+        to: u64,
+        conductor: &mut impl Conductor,
+    ) -> Result<(), MigrateError> {
+        let resident = match pass.first {
+            true => Some(self.views.ram().resident(PageIndex(from), to - from).map_err(super::outcome::here)?),
+            false => None,
+        };
+        let mut chunk = Chunk::default();
+        let mut chunk_pages = 0;
+        for run in runs {
+            for (part, is_hole) in split_by(*run, resident.as_deref()) {
+                if is_hole {
+                    chunk.zero.push(part);
+                } else {
+                    let mut rest = part;
+                    while rest.pages > 0 {
+                        let now = rest.pages.min(CHUNK_PAGES - chunk_pages);
+                        chunk.pages.push(PageRun { first: rest.first, pages: now });
+                        chunk_pages += now;
+                        rest = PageRun { first: PageIndex(rest.first.0 + now), pages: rest.pages - now };
+                        if chunk_pages == CHUNK_PAGES {
+                            self.push(std::mem::take(&mut chunk), conductor)?;
+                            chunk_pages = 0;
+                        }
+                    }
+                }
+                if chunk.zero.len() >= CHUNK_RUNS {
+                    self.push(std::mem::take(&mut chunk), conductor)?;
+                    chunk_pages = 0;
+                }
+            }
+        }
+        if chunk != Chunk::default() {
+            self.push(chunk, conductor)?;
+        }
+        Ok(())
+    }
+
+    fn push(&self, chunk: Chunk, conductor: &mut impl Conductor) -> Result<(), MigrateError> {
+        if self.queue.push(chunk) { Ok(()) } else { Err(conductor.why_stopped()) }
+    }
+}
+
+/// The runs of `set` within `from..to`.
+fn clip(set: &PageSet, from: u64, to: u64) -> impl Iterator<Item = PageRun> + '_ {
+    set.runs_from(PageIndex(from))
+        .take_while(move |r| r.first.0 < to)
+        .map(move |r| PageRun { first: r.first, pages: r.pages.min(to - r.first.0) })
+}
+
+/// The parts of `run` with memory behind them (`resident`, ascending) and those without, in order;
+/// without that list all of it counts as having memory.
+fn split_by(run: PageRun, resident: Option<&[PageRun]>) -> Vec<(PageRun, bool)> {
+    let Some(resident) = resident else { return vec![(run, false)] };
+    let end = run.first.0 + run.pages;
+    let mut parts = Vec::new();
+    let mut at = run.first.0;
+    for data in resident {
+        let (from, to) = (data.first.0.max(at), (data.first.0 + data.pages).min(end));
+        if from >= to {
+            continue;
+        }
+        let data = PageRun { first: PageIndex(from), pages: to - from };
+        if data.first.0 > at {
+            parts.push((PageRun { first: PageIndex(at), pages: data.first.0 - at }, true));
+        }
+        parts.push((data, false));
+        at = data.first.0 + data.pages;
+    }
+    if at < end {
+        parts.push((PageRun { first: PageIndex(at), pages: end - at }, true));
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(first: u64, pages: u64) -> PageRun {
+        PageRun { first: PageIndex(first), pages }
+    }
+
+    #[test]
+    fn holes_and_data_alternate_and_cover_the_run() {
+        let resident = [run(10, 5), run(20, 30)];
+        assert_eq!(
+            split_by(run(12, 20), Some(&resident)),
+            vec![(run(12, 3), false), (run(15, 5), true), (run(20, 12), false)]
+        );
+        assert_eq!(split_by(run(60, 5), Some(&resident)), vec![(run(60, 5), true)]);
+        assert_eq!(split_by(run(60, 5), None), vec![(run(60, 5), false)]);
+    }
+
+    #[test]
+    fn clipping_keeps_what_is_inside() {
+        let mut set = PageSet::new(100);
+        set.insert_run(run(5, 20));
+        set.insert_run(run(30, 5));
+        assert_eq!(clip(&set, 10, 32).collect::<Vec<_>>(), vec![run(10, 15), run(30, 2)]);
+    }
+}

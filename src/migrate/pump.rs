@@ -1,0 +1,94 @@
+//! The receiving half of a channel: a thread that places pages and passes on everything else.
+
+use std::io;
+use std::sync::mpsc::Sender as EventSender;
+use std::sync::{Arc, OnceLock};
+
+use thiserror::Error;
+
+use crate::memory::PageRun;
+use crate::transport::{ChannelError, Frame, Receiver};
+use crate::wire::{Message, RunKind, RunTable};
+
+use super::placer::Placer;
+
+/// Where pages go once the machine has been made; `None` when it was not.
+pub type PlacerSlot = Arc<OnceLock<Option<Placer>>>;
+
+/// What a channel brings.
+#[derive(Debug)]
+pub enum Brought {
+    /// A message.
+    Message(Message),
+    /// The channel is over, and why.
+    Lost(String),
+}
+
+#[derive(Debug, Error)]
+enum PumpError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("a page cannot be written to the guest's RAM: {0}")]
+    Place(#[from] io::Error),
+}
+
+/// Receives on one channel until it ends; `wrap` makes an event of what comes, for `events`.
+/// Pages are placed here, without a detour: what reaches the conductor is in order with them.
+pub fn run<E>(mut receiver: Receiver, slot: &PlacerSlot, events: &EventSender<E>, wrap: impl Fn(Brought) -> E) {
+    let mut buffer = Vec::new();
+    let mut placer = slot.get().and_then(Option::as_ref);
+    if let Some(placer) = placer {
+        receiver.accept_pages(placer.ram().map().total_pages());
+    }
+    loop {
+        let brought = match step(&mut receiver, placer, &mut buffer) {
+            Ok(None) => continue,
+            Ok(Some(message)) => Brought::Message(message),
+            Err(error) => Brought::Lost(error.to_string()),
+        };
+        let is_last = matches!(brought, Brought::Lost(_));
+        let is_machine = matches!(brought, Brought::Message(Message::Machine(_)));
+        if events.send(wrap(brought)).is_err() || is_last {
+            return;
+        }
+        if is_machine && placer.is_none() {
+            // Nothing but pages follows MACHINE, and those need the RAM that is being made now.
+            placer = slot.wait().as_ref();
+            if let Some(placer) = placer {
+                receiver.accept_pages(placer.ram().map().total_pages());
+            }
+        }
+    }
+}
+
+/// Takes one frame: a message for the conductor, or pages, which are placed at once.
+fn step(receiver: &mut Receiver, placer: Option<&Placer>, buffer: &mut Vec<u8>) -> Result<Option<Message>, PumpError> {
+    match receiver.recv()? {
+        Frame::Message(message) => Ok(Some(message)),
+        Frame::Pages(mut pages) => {
+            // All data of a frame in one buffer, which stays in the CPU's cache.
+            buffer.resize(pages.table.data_bytes() as usize, 0);
+            pages.data.read(buffer)?;
+            if let Some(placer) = placer {
+                place(pages.table, buffer, placer)?;
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn place(table: &RunTable, data: &[u8], placer: &Placer) -> io::Result<()> {
+    let mut rest = data;
+    for run in table.runs() {
+        let pages = PageRun { first: run.first, pages: u64::from(run.pages) };
+        match run.kind {
+            RunKind::Zero => placer.place_zero(pages)?,
+            RunKind::Data => {
+                let (now, later) = rest.split_at(run.data_bytes() as usize);
+                placer.place(pages, now)?;
+                rest = later;
+            }
+        }
+    }
+    Ok(())
+}

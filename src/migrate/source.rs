@@ -1,0 +1,383 @@
+//! The sender: attaches to a `vmrun`, sends passes while the guest runs, and conducts the
+//! switchover. The mirror image of [`super::dest`].
+//!
+//! One thread conducts; it is fed by events from the reader of the main channel, from the workers
+//! of the bulk channels and from signals. Until the fence every error ends with the guest running
+//! here; from the fence on nothing unwinds past [`super::handover`].
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender};
+use std::time::{Duration, Instant};
+
+use crate::control::mover::MoverProgress;
+use crate::memory::{PAGE_BYTES, PageRun, PageSet};
+use crate::switchover::Attempt;
+use crate::wire::{self, Message};
+
+use super::bulk::{Counters, Views};
+use super::convergence::{Decision, PassReport, decide, expected_downtime};
+use super::link::{Event, Link};
+use super::options::SendOptions;
+use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
+use super::precopy::{Bulk, Conductor, Pass};
+use super::queue::PassQueue;
+use super::report::Observer;
+use super::settings::{Settings, Stop};
+use super::source_vm::SourceVm;
+
+/// How often progress is shown.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// Chunks that wait for a channel: enough to keep them busy, few enough to stop at once.
+const QUEUE_CHUNKS_PER_CHANNEL: usize = 4;
+/// What the switchover is expected to cost beside the last pass, before it was ever measured.
+const FIXED_COST: Duration = Duration::from_millis(5);
+
+/// A migration under way, on the source's side.
+pub struct Migration<'a> {
+    pub(super) options: &'a SendOptions,
+    pub(super) settings: Settings,
+    pub(super) observer: &'a mut dyn Observer,
+    pub(super) vm: SourceVm,
+    pub(super) attempt: Attempt,
+    pub(super) hello: wire::Hello,
+    pub(super) events: EventSender<Event>,
+    pub(super) inbox: EventReceiver<Event>,
+    pub(super) link: Option<Link>,
+    pub(super) started: Instant,
+    pub(super) bulk: Option<Bulk>,
+    pub(super) history: Vec<PassReport>,
+    pub(super) phase: &'static str,
+    pub(super) paused: bool,
+    pub(super) downtime: Downtime,
+    pub(super) digest: Option<String>,
+    last_progress: Instant,
+    pass_started: (Instant, u64),
+}
+
+/// Moves the guest. `events` of signals may be sent into the migration by the caller.
+pub fn send(
+    options: &SendOptions,
+    settings: Settings,
+    observer: &mut dyn Observer,
+) -> Result<Summary, MigrateError> {
+    let mut vm = SourceVm::connect(&options.vm).map_err(here)?;
+    let machine = vm.client.machine().map_err(here)?;
+    let session = super::wires::new_session().map_err(here)?;
+    let attached = vm.client.attach(Some(session), &options.dest.to_string()).map_err(here)?;
+    let channels = if options.dest.takes_many() { options.channels.max(1) } else { 0 };
+    let hello = wire::Hello {
+        version_min: wire::VERSION,
+        version_max: wire::VERSION,
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+        host: super::wires::host_name(),
+        vm_uuid: machine.uuid.clone(),
+        vm_name: machine.name.clone(),
+        resume: false,
+        superseded: attached.superseded,
+        channels,
+        features: vec![],
+        verify: options.verify,
+        peer_timeout_ms: options.peer_timeout.as_millis() as u64,
+    };
+    let mut migration = Migration::new(options, settings, observer, vm, attached.attempt, hello);
+    let result = migration.run(&machine);
+    if let Err(error) = &result {
+        migration.back_out(error);
+    }
+    result
+}
+
+impl<'a> Migration<'a> {
+    pub(super) fn new(
+        options: &'a SendOptions,
+        settings: Settings,
+        observer: &'a mut dyn Observer,
+        vm: SourceVm,
+        attempt: Attempt,
+        hello: wire::Hello,
+    ) -> Self {
+        let (events, inbox) = std::sync::mpsc::channel();
+        Self {
+            options,
+            settings,
+            observer,
+            vm,
+            attempt,
+            hello,
+            events,
+            inbox,
+            link: None,
+            started: Instant::now(),
+            bulk: None,
+            history: Vec::new(),
+            phase: "connect",
+            paused: false,
+            downtime: Downtime::default(),
+            digest: None,
+            last_progress: Instant::now(),
+            pass_started: (Instant::now(), 0),
+        }
+    }
+
+    fn run(&mut self, machine: &crate::state::MachineDescription) -> Result<Summary, MigrateError> {
+        self.connect(machine)?;
+        self.phase = "precopy";
+        let last_pass = self.precopy()?;
+        self.hand_over(last_pass)
+    }
+
+    /// Connects, has the machine accepted, and opens the bulk channels. The guest is untouched.
+    fn connect(&mut self, machine: &crate::state::MachineDescription) -> Result<(), MigrateError> {
+        let (link, ack) = Link::connect(self.options, self.attempt, &self.hello, &self.events)?;
+        self.observer.note(&format!("connected to {} ({})", ack.host, self.options.dest));
+        self.link = Some(link);
+        self.say(&Message::Machine(wire::JsonBody::of(machine).map_err(here)?));
+        self.await_message("the machine to be accepted", |message| matches!(message, Message::Accepted).then_some(()))?;
+        let views = Views::new(self.vm.ram().map_err(here)?).map_err(here)?;
+        let queue = Arc::new(PassQueue::new(QUEUE_CHUNKS_PER_CHANNEL * self.hello.channels.max(1) as usize));
+        let bulk = Bulk { queue, views: Arc::new(views), counters: Arc::new(Counters::default()) };
+        if let Some(link) = &mut self.link {
+            link.open_bulk(self.options, self.hello.channels, &bulk, &self.events)?;
+        }
+        self.bulk = Some(bulk);
+        Ok(())
+    }
+
+    /// Passes until the policy says to switch over; gives the number of the last, paused pass.
+    fn precopy(&mut self) -> Result<u32, MigrateError> {
+        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
+        let total = bulk.views.ram().map().total_pages();
+        self.vm.dirty_start().map_err(here)?;
+        let mut set = PageSet::full(total);
+        let mut number = 0;
+        loop {
+            number += 1;
+            self.pass_started = (Instant::now(), bulk.counters.get().0);
+            let pass = Pass { number, set: &set, guest_runs: true, first: number == 1 };
+            let mut report = bulk.run_pass(&pass, self)?;
+            set = self.vm.dirty_take(total).map_err(here)?;
+            report.dirty_after_pages = set.count();
+            self.history.push(report);
+            self.tick_now(number, set.count());
+            match decide(&self.history, self.started.elapsed(), FIXED_COST, &self.settings.policy()) {
+                Decision::Continue => {}
+                Decision::SwitchOver => return Ok(number + 1),
+                Decision::GiveUp(why) => return Err(MigrateError::new(Ending::NotConverged, Side::Source, why)),
+            }
+        }
+    }
+
+    /// Pauses the guest and sends all that is left. From here on the clock of the downtime runs.
+    pub(super) fn stop_and_copy(&mut self, number: u32) -> Result<(), MigrateError> {
+        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
+        let total = bulk.views.ram().map().total_pages();
+        let mut clock = Instant::now();
+        let mut lap = move || {
+            let elapsed = clock.elapsed();
+            clock = Instant::now();
+            ms(elapsed)
+        };
+        self.paused = true;
+        self.vm.client.pause(true).map_err(here)?;
+        self.downtime.pause_ms = lap();
+        let state = self.vm.export().map_err(here)?;
+        self.downtime.export_ms = lap();
+        // Saving may itself have dirtied pages: the last take comes after it (D1).
+        let set = self.vm.dirty_take(total).map_err(here)?;
+        let digest = self.options.verify.then(|| {
+            let views = bulk.views.clone();
+            std::thread::spawn(move || views.ram().digest())
+        });
+        self.say(&Message::State(state));
+        let pass = Pass { number, set: &set, guest_runs: false, first: false };
+        bulk.run_pass(&pass, self)?;
+        self.downtime.last_pass_ms = lap();
+        if let Some(hashing) = digest {
+            let digest = hashing.join().map_err(|_| here("hashing RAM panicked"))?.map_err(here)?;
+            self.digest = Some(digest);
+        }
+        self.downtime.verify_ms = lap();
+        let (pages, zero_pages) = bulk.counters.get();
+        self.say(&Message::End(wire::End { passes: number, pages, zero_pages, digest: self.digest.clone() }));
+        Ok(())
+    }
+
+    /// Before the fence: the guest goes on here, and the other side hears why.
+    fn back_out(&mut self, error: &MigrateError) {
+        // After the fence the guest is not ours to resume, whatever went wrong.
+        if matches!(error.ending, Ending::Unknown | Ending::Resumable | Ending::Lost | Ending::Moved) {
+            return;
+        }
+        if self.paused && self.vm.client.is_alive() {
+            let word = crate::switchover::OperatorWord { force: false, peer_fenced: false };
+            if let Err(e) = self.vm.client.resume(word) {
+                self.observer.note(&format!("cannot resume the guest: {e}"));
+            }
+        }
+        if self.vm.is_logging() {
+            let _ = self.vm.dirty_stop();
+        }
+        self.say(&Message::Abort(wire::Abort { side: wire::Side::Source, reason: error.cause.clone() }));
+        if let Some(bulk) = &self.bulk {
+            bulk.queue.stop();
+        }
+        if let Some(link) = self.link.take() {
+            link.close();
+        }
+    }
+
+    /// Says something on the main channel; a channel that fails is noticed by its reader.
+    pub(super) fn say(&mut self, message: &Message) {
+        if let Some(link) = &self.link {
+            let _ = link.send(message);
+        }
+    }
+
+    /// Waits for the message that `wanted` picks, while nothing else is expected.
+    fn await_message<T>(&mut self, what: &str, wanted: impl Fn(&Message) -> Option<T>) -> Result<T, MigrateError> {
+        loop {
+            self.check()?;
+            if let Some(message) = self.next_message()? {
+                match wanted(&message) {
+                    Some(value) => return Ok(value),
+                    None => return Err(unexpected(&message, what)),
+                }
+            }
+        }
+    }
+
+    /// The next message of the current connection, or `None` after a tick without one.
+    pub(super) fn next_message(&mut self) -> Result<Option<Message>, MigrateError> {
+        match self.inbox.recv_timeout(PROGRESS_EVERY) {
+            Ok(event) => self.sort(event),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(here("the sender's own threads are gone")),
+        }
+    }
+
+    /// A message for the conductor; what ends the attempt is an error.
+    fn sort(&mut self, event: Event) -> Result<Option<Message>, MigrateError> {
+        match event {
+            Event::Main(epoch, message) if epoch == self.attempt.epoch => match message {
+                Message::Abort(abort) => Err(MigrateError::new(Ending::PeerFailed, Side::Destination, abort.reason)),
+                Message::Refused(refused) => Err(super::link::refusal(refused)),
+                message => Ok(Some(message)),
+            },
+            Event::Lost(epoch, why) if epoch == self.attempt.epoch => {
+                Err(MigrateError::new(Ending::PeerFailed, Side::Link, why))
+            }
+            Event::Main(..) | Event::Lost(..) => Ok(None),
+        }
+    }
+
+    /// Whether the migration may go on: nobody wants to stop, and the guest is still there.
+    fn check(&mut self) -> Result<(), MigrateError> {
+        match self.settings.cancelled() {
+            Some(Stop::Signal(signal)) => {
+                return Err(MigrateError::new(Ending::Signalled(signal), Side::Source, format!("stopped by signal {signal}")));
+            }
+            Some(Stop::Operator) => return Err(here("cancelled by the operator")),
+            None => {}
+        }
+        if !self.vm.client.is_alive() {
+            return Err(here("the source vmrun is gone: its guest has ended, or it was killed"));
+        }
+        Ok(())
+    }
+
+    /// Shows where things stand.
+    pub(super) fn tick_now(&mut self, pass: u32, left_pages: u64) {
+        self.last_progress = Instant::now();
+        let counters = self.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
+        let seconds = self.pass_started.0.elapsed().as_secs_f64().max(1e-3);
+        let bandwidth = (counters.0 - self.pass_started.1) as f64 * PAGE_BYTES as f64 / seconds;
+        let last = self.history.last();
+        let dirty_rate = last.map(|p| p.dirty_after_pages as f64 * PAGE_BYTES as f64 / p.elapsed.as_secs_f64());
+        let progress = MoverProgress {
+            phase: self.phase.to_owned(),
+            dest: self.options.dest.to_string(),
+            pass,
+            sent_bytes: counters.0 * PAGE_BYTES,
+            left_bytes: left_pages * PAGE_BYTES,
+            dirty_bytes_per_s: dirty_rate.map(|rate| rate as u64),
+            bandwidth_bytes_per_s: (bandwidth > 0.0).then_some(bandwidth as u64),
+            expected_downtime_ms: expected_downtime(&self.history, FIXED_COST).map(|d| d.as_millis() as u64),
+            elapsed_ms: self.started.elapsed().as_millis() as u64,
+            attempt: Some(self.attempt),
+            settings: self.settings.for_control(),
+        };
+        self.observer.progress(&progress);
+    }
+
+    /// The summary of a migration that has moved the guest.
+    pub(super) fn summary(&self) -> Summary {
+        let (data_pages, zero_pages) = self.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
+        Summary {
+            ending: Ending::Moved,
+            session: self.attempt.session.to_string(),
+            total_ms: ms(self.started.elapsed()),
+            passes: self.history.len() as u32 + 1,
+            memory_bytes: self.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_bytes()),
+            wire_bytes: self.link.as_ref().map_or(0, Link::bytes_sent),
+            data_pages,
+            zero_pages,
+            channels: self.hello.channels,
+            digest: self.digest.clone(),
+            downtime: self.downtime,
+        }
+    }
+}
+
+impl Conductor for Migration<'_> {
+    fn clear_dirty(&mut self, run: PageRun) -> Result<(), MigrateError> {
+        self.vm.client.dirty_clear(run).map_err(here)
+    }
+
+    fn tick(&mut self, pass: u32, left_pages: u64) -> Result<(), MigrateError> {
+        self.check()?;
+        if let Some(link) = &self.link {
+            link.set_rate(self.settings.bandwidth_limit());
+        }
+        if self.last_progress.elapsed() >= PROGRESS_EVERY {
+            self.tick_now(pass, left_pages);
+        }
+        while let Ok(event) = self.inbox.try_recv() {
+            if let Some(message) = self.sort(event)? {
+                return Err(unexpected(&message, "a pass to be sent"));
+            }
+        }
+        Ok(())
+    }
+
+    fn await_pass(&mut self, pass: u32) -> Result<(), MigrateError> {
+        loop {
+            match self.next_message()? {
+                Some(Message::PassDone(done)) if done.pass == pass => return Ok(()),
+                Some(other) => return Err(unexpected(&other, "PASS_DONE")),
+                None => {
+                    self.check()?;
+                    self.tick_now(pass, 0);
+                }
+            }
+        }
+    }
+
+    fn why_stopped(&mut self) -> MigrateError {
+        let until = Instant::now() + self.options.peer_timeout;
+        while Instant::now() < until {
+            match self.next_message() {
+                Err(error) => return error,
+                Ok(_) => {
+                    if let Err(error) = self.check() {
+                        return error;
+                    }
+                }
+            }
+        }
+        here("the channels stopped and did not say why")
+    }
+}
+
+fn unexpected(message: &Message, awaited: &str) -> MigrateError {
+    MigrateError::new(Ending::PeerFailed, Side::Destination, format!("{} came while waiting for {awaited}", message.kind()))
+}

@@ -1,0 +1,412 @@
+//! One microVM: made, driven, saved, restored, ended.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use super::boot::{self, BootConfig, KernelSource};
+use super::devices::{Bus, SerialBackend, SerialPort};
+use super::dirty::DirtyLog;
+use super::host::{self, HostAbilities};
+use super::memory::{self, GuestRam};
+use super::saved::{self, VmParts};
+use super::vcpu::{Job, Round, VcpuGroup};
+use super::x86::restore::FaultTrap;
+use super::x86::save::VcpuLayout;
+use super::x86::{clock, cpuid, irqchip, registers};
+use super::{Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
+use crate::memory::{PageRun, PageSet};
+use crate::state::{
+    CLOCK_VERSION, DeviceDescription, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem,
+    SERIAL_VERSION, TscFrequency,
+};
+
+/// The id of the serial port in descriptions and for `--remap`.
+const SERIAL_ID: &str = "serial0";
+/// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
+const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
+
+/// A machine to boot.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// `--name`.
+    pub name: String,
+    /// Random, for this machine's whole life.
+    pub uuid: String,
+    /// RAM in bytes, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// What is booted.
+    pub kernel: KernelSource,
+    /// An initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// What the serial port is connected to.
+    pub serial: SerialBackend,
+}
+
+/// What a host decides about a machine that comes in.
+#[derive(Clone, Debug, Default)]
+pub struct LocalConfig {
+    /// What the serial port is connected to, unless it is remapped.
+    pub serial: SerialBackend,
+    /// `--remap ID=VALUE`: host paths by device id.
+    pub remaps: BTreeMap<String, String>,
+    /// Where an import fails on purpose, for drills: `import:SECTION` or `vcpu:NUMBER:GROUP`, for
+    /// example `import:serial` or `vcpu:1:lapic`. Without it, the environment variable
+    /// `VMFERRY_FAULT_POINT` counts.
+    #[cfg(feature = "fault-points")]
+    pub fault: Option<String>,
+}
+
+/// A microVM on this host. Its vCPUs are threads of this process; no call waits for them, but for
+/// [`Machine::stop`].
+pub struct Machine {
+    // Dropped in this order: the threads, then what they use.
+    vcpus: VcpuGroup,
+    parts: Arc<Parts>,
+    dirty: Mutex<DirtyLog>,
+    description: MachineDescription,
+    notices: NoticeSender,
+    fault: FaultPoint,
+}
+
+/// What threads of a machine share.
+struct Parts {
+    vm: Arc<VmFd>,
+    bus: Arc<Bus>,
+    ram: GuestRam,
+    layout: Arc<VcpuLayout>,
+}
+
+impl Machine {
+    /// Makes a machine and loads its kernel. All vCPUs are parked.
+    pub fn boot(config: &MachineConfig, notices: NoticeSender) -> Result<Self, VmmError> {
+        let kvm = host::open_kvm()?;
+        let host = HostAbilities::of_this_host(&kvm)?;
+        if config.vcpus == 0 || config.vcpus > host.max_vcpus {
+            return Err(VmmError::VcpuCount { vcpus: config.vcpus, max: host.max_vcpus });
+        }
+        let map = memory::ram_map(config.memory_bytes)?;
+        let available = host.memory_available_bytes;
+        if config.memory_bytes > available {
+            return Err(VmmError::TooMuchRam { wanted: config.memory_bytes, available });
+        }
+        let ram = GuestRam::new(map, &config.name)?;
+        let description = describe(config, &ram, &host);
+        let mut cmdline = config.cmdline.clone();
+        if matches!(config.kernel, KernelSource::Builtin(_)) {
+            // The built-in guests cannot count CPUs or measure time by themselves.
+            cmdline += &format!(" vcpus={} tsc_khz={}", config.vcpus, host.tsc_khz);
+        }
+        let kernel = BootConfig {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_ref(),
+            cmdline: cmdline.trim_start(),
+        };
+        let entry = boot::load(&ram, &kernel)?;
+        let (vm, fds) = create(&kvm, &ram, config.vcpus)?;
+        for (number, fd) in (0..).zip(&fds) {
+            host::set_cpuid(fd, &cpuid::for_vcpu(&host.cpuid, number, config.vcpus))?;
+            set_mtrr_default(fd);
+        }
+        registers::enter(&fds[0], &ram, &entry)?;
+        Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())
+    }
+
+    /// Makes a machine as `desc` describes it, with fresh RAM and nothing loaded, for
+    /// [`Machine::request_import`]; or says everything that keeps this host from it.
+    pub fn prepare(
+        desc: &MachineDescription,
+        local: LocalConfig,
+        notices: NoticeSender,
+    ) -> Result<Self, PrepareError> {
+        let kvm = host::open_kvm()?;
+        let host = HostAbilities::of_this_host(&kvm)?;
+        let mut problems = preflight::problems(desc, &host);
+        problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
+        let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
+            None => local.serial.clone(),
+            Some(Ok(backend)) => backend,
+            Some(Err(e)) => {
+                problems.push(Problem { topic: "device".into(), text: format!("--remap {SERIAL_ID}: {e}") });
+                SerialBackend::None
+            }
+        };
+        if !problems.is_empty() {
+            return Err(PrepareError::Refused(problems));
+        }
+        let fault = FaultPoint::of(&local);
+        let ram = GuestRam::new(desc.ram.clone(), &desc.name)?;
+        let (vm, fds) = create(&kvm, &ram, desc.vcpus)?;
+        let mut description = desc.clone();
+        for device in description.devices.iter_mut().filter(|d| d.id == SERIAL_ID) {
+            device.host = Some(serial.to_string());
+        }
+        Ok(Self::assemble(vm, fds, ram, description, &serial, notices, fault)?)
+    }
+
+    fn assemble(
+        vm: VmFd,
+        fds: Vec<VcpuFd>,
+        ram: GuestRam,
+        description: MachineDescription,
+        serial: &SerialBackend,
+        notices: NoticeSender,
+        fault: FaultPoint,
+    ) -> Result<Self, VmmError> {
+        let vm = Arc::new(vm);
+        let dirty = DirtyLog::new(&vm, ram.map().total_pages())?;
+        let bus = Arc::new(Bus { serial: SerialPort::new(Arc::clone(&vm), serial)? });
+        let relies_on = |name: &str| description.capabilities.iter().any(|c| c == name);
+        let layout = Arc::new(VcpuLayout {
+            msrs: description.msrs.clone(),
+            xsave_bytes: description.xsave_bytes,
+            sregs2: relies_on(host::CAP_SREGS2),
+            tsc_offset: relies_on(host::CAP_TSC_OFFSET),
+        });
+        let parts = Arc::new(Parts { vm, bus: Arc::clone(&bus), ram, layout });
+        let vcpus = VcpuGroup::start(fds, bus, notices.clone(), Arc::clone(&parts))?;
+        Ok(Self { vcpus, parts, dirty: Mutex::new(dirty), description, notices, fault })
+    }
+
+    /// What another host must know of the machine.
+    pub fn describe(&self) -> &MachineDescription {
+        &self.description
+    }
+
+    /// The machine's RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.parts.ram
+    }
+
+    /// The pseudo-terminal that was made for the serial port, to be told to the user.
+    pub fn serial_path(&self) -> Option<&Path> {
+        self.parts.bus.serial.path()
+    }
+
+    /// Lets the vCPUs enter guest mode; from here on the devices act on the host. To be called only
+    /// by the owner of the guest.
+    pub fn run(&self) -> Result<(), VmmError> {
+        self.vcpus.run()?;
+        self.parts.bus.serial.connect()
+    }
+
+    /// Whether all vCPUs are parked.
+    pub fn is_paused(&self) -> bool {
+        self.vcpus.is_parked()
+    }
+
+    /// Asks the vCPUs to park, each with its last instruction completed. [`Notice::Paused`] follows
+    /// when all have; at once if they are parked.
+    pub fn request_pause(&self) {
+        self.parts.bus.serial.disconnect();
+        self.vcpus.request_pause();
+    }
+
+    /// Saves a paused machine: [`Notice::Exported`] follows. The vCPUs are read on their threads, at
+    /// the same time. Saving may write guest RAM: the last dirty set is taken after it.
+    pub fn request_export(&self) {
+        if !self.is_paused() {
+            return self.notices.send(Notice::Exported(Err(VmmError::WrongState("running"))));
+        }
+        let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
+        let round = Arc::new(Round::new(self.description.vcpus as usize, move |vcpus| {
+            notices.send(Notice::Exported(vcpus.and_then(|sections| export(&parts, sections))));
+        }));
+        self.vcpus.assign(|_| Job::Save(Arc::clone(&self.parts.layout), Arc::clone(&round)));
+    }
+
+    /// Restores a prepared machine from a saved state: [`Notice::Synchronised`] follows. First all of
+    /// the state is checked, then the devices and the clock are restored, then every vCPU on its own
+    /// thread. Nothing of this is on the caller's thread, and it may take as long as a page of guest
+    /// RAM is missing.
+    pub fn request_import(&self, state: Vec<u8>) {
+        if !self.is_paused() {
+            return self.notices.send(Notice::Synchronised(Err(VmmError::WrongState("running"))));
+        }
+        let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
+        let (fault, vcpus) = (self.fault.clone(), self.description.vcpus);
+        let khz = self.description.tsc.khz;
+        let assign = self.vcpus.assigner();
+        let importer = move || {
+            let began = Instant::now();
+            let jobs = import(&parts, &state, vcpus, khz, &fault).map(|(images, tsc)| {
+                let import_us = began.elapsed().as_micros() as u64;
+                let began = Instant::now();
+                let notices = notices.clone();
+                let round = Arc::new(Round::new(images.len(), move |all: Result<Vec<()>, _>| {
+                    let sync_us = began.elapsed().as_micros() as u64;
+                    notices.send(Notice::Synchronised(all.map(|_| SyncTimes { import_us, sync_us })));
+                }));
+                let trap = Arc::new(fault.trap.clone());
+                let load = |image| Job::Load(Box::new(image), tsc, Arc::clone(&trap), Arc::clone(&round));
+                images.into_iter().map(load).collect()
+            });
+            match jobs {
+                Ok(jobs) => assign(jobs),
+                Err(e) => notices.send(Notice::Synchronised(Err(e))),
+            }
+        };
+        if let Err(e) = thread::Builder::new().name("import".into()).spawn(importer) {
+            self.notices.send(Notice::Synchronised(Err(VmmError::Thread(e))));
+        }
+    }
+
+    /// Turns the dirty log on: every write from now on is noted. The first pass then sends all pages
+    /// (see [`Machine::dirty_clear`]).
+    pub fn dirty_start(&self) -> Result<(), VmmError> {
+        self.dirty().start(&self.parts.vm, &self.parts.ram)
+    }
+
+    /// Fills `into` with the pages that were written since they were last cleared (one bit a page,
+    /// dense over the RAM map), and gives their number.
+    pub fn dirty_take(&self, into: &mut [u64]) -> Result<u64, VmmError> {
+        self.dirty().take(&self.parts.vm, &self.parts.ram, into)
+    }
+
+    /// To be called before pages of `run` are read to be sent: notes writes to those of them that
+    /// the last take gave (after the start: to all) anew. `run` may be any stretch of RAM.
+    pub fn dirty_clear(&self, run: PageRun) -> Result<(), VmmError> {
+        self.dirty().clear(&self.parts.vm, &self.parts.ram, run)
+    }
+
+    /// Gives pages back that were taken and did not get across: the next take has them.
+    pub fn dirty_put_back(&self, pages: &PageSet) {
+        self.dirty().put_back(pages);
+    }
+
+    /// Turns the dirty log off.
+    pub fn dirty_stop(&self) -> Result<(), VmmError> {
+        self.dirty().stop(&self.parts.vm, &self.parts.ram)
+    }
+
+    /// Ends all threads and closes everything. Waits for them for a second at most.
+    pub fn stop(mut self) {
+        self.vcpus.stop();
+        self.parts.bus.serial.close();
+    }
+
+    fn dirty(&self) -> MutexGuard<'_, DirtyLog> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes the VM with its RAM and its vCPUs.
+fn create(kvm: &Kvm, ram: &GuestRam, vcpus: u32) -> Result<(VmFd, Vec<VcpuFd>), VmmError> {
+    let vm = host::create_vm(kvm)?;
+    ram.set_memslots(&vm, false)?;
+    let fds = (0..u64::from(vcpus)).map(|number| vm.create_vcpu(number));
+    let fds = fds.collect::<Result<_, _>>().map_err(VmmError::kvm("KVM_CREATE_VCPU"))?;
+    Ok((vm, fds))
+}
+
+/// Kernels do without: a KVM that refuses is no error.
+fn set_mtrr_default(vcpu: &VcpuFd) {
+    let (index, data) = MTRR_DEF_TYPE;
+    if let Ok(msrs) = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]) {
+        let _ = vcpu.set_msrs(&msrs);
+    }
+}
+
+fn describe(config: &MachineConfig, ram: &GuestRam, host: &HostAbilities) -> MachineDescription {
+    let device = |id: &str, kind: &str, version, host| DeviceDescription {
+        id: id.into(),
+        kind: kind.into(),
+        version,
+        host,
+    };
+    MachineDescription {
+        name: config.name.clone(),
+        uuid: config.uuid.clone(),
+        vcpus: config.vcpus,
+        ram: ram.map().clone(),
+        cpuid: cpuid::for_vcpu(&host.cpuid, 0, config.vcpus),
+        msrs: host.msrs.clone(),
+        capabilities: host.capabilities.clone(),
+        tsc: TscFrequency { khz: host.tsc_khz },
+        xsave_bytes: host.xsave_bytes,
+        devices: vec![
+            device("irqchip0", "irqchip", IRQCHIP_VERSION, None),
+            device("pit0", "pit", PIT_VERSION, None),
+            device("clock0", "clock", CLOCK_VERSION, None),
+            device(SERIAL_ID, "serial", SERIAL_VERSION, Some(config.serial.to_string())),
+        ],
+    }
+}
+
+/// The rest of an export, on the thread of the vCPU that was read last.
+fn export(parts: &Parts, vcpus: Vec<crate::state::Section>) -> Result<Vec<u8>, VmmError> {
+    let vm = VmParts {
+        irqchip: irqchip::save(&parts.vm)?,
+        pit: irqchip::save_pit(&parts.vm)?,
+        clock: clock::save(&parts.vm)?,
+        serial: parts.bus.serial.save(),
+    };
+    saved::write(vcpus, &vm)
+}
+
+type Import = (Vec<super::x86::restore::VcpuImage>, clock::TscRule);
+
+/// Checks the saved state and restores all but the vCPUs.
+fn import(parts: &Parts, state: &[u8], vcpus: u32, khz: u32, fault: &FaultPoint) -> Result<Import, VmmError> {
+    let state = saved::check(state, vcpus, &parts.layout)?;
+    fault.at("serial")?;
+    parts.bus.serial.restore(&state.serial)?;
+    fault.at("irqchip")?;
+    irqchip::restore(&parts.vm, &state.chips)?;
+    fault.at("pit")?;
+    irqchip::restore_pit(&parts.vm, &state.pit)?;
+    fault.at("clock")?;
+    let here = clock::restore(&parts.vm, &state.clock)?;
+    Ok((state.vcpus, clock::tsc_rule(&state.clock, &here, khz)))
+}
+
+/// Where an import fails on purpose; nowhere in builds without the feature `fault-points`.
+#[derive(Clone, Debug, Default)]
+struct FaultPoint {
+    #[cfg(feature = "fault-points")]
+    section: Option<String>,
+    trap: FaultTrap,
+}
+
+#[cfg(feature = "fault-points")]
+impl FaultPoint {
+    fn of(local: &LocalConfig) -> Self {
+        let text = local.fault.clone().or_else(|| std::env::var("VMFERRY_FAULT_POINT").ok());
+        let text = text.unwrap_or_default();
+        let point = text
+            .strip_prefix("vcpu:")
+            .and_then(|rest| rest.split_once(':'))
+            .and_then(|(number, group)| Some((number.parse().ok()?, group.to_lowercase())));
+        Self { section: text.strip_prefix("import:").map(Into::into), trap: FaultTrap { point } }
+    }
+
+    fn at(&self, section: &str) -> Result<(), VmmError> {
+        match self.section.as_deref() == Some(section) {
+            true => Err(VmmError::FaultPoint(section.into())),
+            false => Ok(()),
+        }
+    }
+}
+
+#[cfg(not(feature = "fault-points"))]
+impl FaultPoint {
+    fn of(_: &LocalConfig) -> Self {
+        Self::default()
+    }
+
+    fn at(&self, _: &str) -> Result<(), VmmError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,10 @@
+//! What is particular to x86: CPUID, MSRs, first registers, saving and restoring a vCPU.
+
+pub mod clock;
+pub mod cpuid;
+pub mod features;
+pub mod irqchip;
+pub mod msrs;
+pub mod registers;
+pub mod restore;
+pub mod save;
