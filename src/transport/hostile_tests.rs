@@ -113,7 +113,7 @@ fn pages_before_their_time_are_refused() {
 
 #[test]
 fn a_dripping_peer_is_given_up() {
-    let (mut channel, socket) = channel_and_socket(options(200));
+    let (mut channel, socket) = channel_and_socket(options(600));
     let stop = token();
     std::thread::scope(|s| {
         let (stop, mut socket) = (&stop, socket);
