@@ -1,1 +1,5 @@
-fn main() {}
+//! Boots and hosts one microVM.
+
+fn main() -> std::process::ExitCode {
+    vmferry::cli::vmrun::main()
+}

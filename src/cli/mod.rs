@@ -1,1 +1,12 @@
-//! Shared flags and units, progress line, JSON events, exit codes.
+//! The command lines: flags and units, exit codes, what is printed. Each program's `main` is here,
+//! so that the binaries only call it.
+
+pub mod exit;
+pub mod log;
+pub mod output;
+pub mod progress;
+pub mod units;
+pub mod vmctl;
+pub mod vmrecv;
+pub mod vmrun;
+pub mod vmsend;

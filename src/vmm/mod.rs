@@ -13,6 +13,7 @@ pub mod memory;
 mod notice;
 mod preflight;
 mod saved;
+pub mod service;
 mod vcpu;
 mod x86;
 

@@ -1,0 +1,139 @@
+//! Requests of a sender.
+
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use super::hosted::{Activity, Hosted, failed};
+use super::{Ending, Handled, Reply, Service, Task};
+use crate::control::{Attached, ConnectionId, DirtyPages, Failure, FailureCode, StateBlob};
+use crate::memory::PageIndex;
+use crate::switchover::{Attempt, Ownership, SessionId};
+use crate::sys::memfd;
+use crate::vmm::VmmError;
+
+impl Service {
+    pub(super) fn attach(&mut self, from: ConnectionId, session: Option<SessionId>, dest: String) -> Handled {
+        self.live()?;
+        if let Some(other) = self.mover.filter(|m| *m != from) {
+            let who = self.server.client_name(other);
+            let why = format!("another mover ({who}) is attached: one migration at a time");
+            return Err(Failure::new(FailureCode::Busy, why));
+        }
+        let (attempt, superseded) = match session {
+            Some(session) => {
+                let superseded = self.change(|o| o.attach(session))?;
+                (Attempt { session, epoch: 1 }, superseded)
+            }
+            None => (self.change_recorded(Ownership::reattach)?, None),
+        };
+        self.mover = Some(from);
+        if !self.ownership.may_run() {
+            // Taken back (REVOKED), the guest waits for this mover's word as it would have before.
+            self.paused_by.leases.insert(from);
+        }
+        let dest = match &self.ownership {
+            Ownership::Committed { dest, .. } => dest.clone(),
+            _ => dest,
+        };
+        Reply::now(Attached { attempt, superseded, ownership: self.ownership.clone(), dest })
+    }
+
+    /// The machine, for the mover that is attached.
+    fn attached(&mut self, from: ConnectionId) -> Result<&mut Hosted, Failure> {
+        if self.mover != Some(from) {
+            return Err(Failure::refused("this connection is not attached: attach comes first"));
+        }
+        self.live_mut()
+    }
+
+    pub(super) fn dirty_start(&mut self, from: ConnectionId) -> Handled {
+        let (pages, fd) = self.attached(from)?.dirty_start()?;
+        Reply::with_fds(DirtyPages { pages }, vec![fd])
+    }
+
+    pub(super) fn dirty_take(&mut self, from: ConnectionId) -> Handled {
+        let pages = self.attached(from)?.dirty_take()?;
+        Reply::now(DirtyPages { pages })
+    }
+
+    pub(super) fn dirty_clear(&mut self, from: ConnectionId, first: PageIndex, pages: u64) -> Handled {
+        self.attached(from)?.dirty_clear(first, pages)?;
+        Reply::done()
+    }
+
+    pub(super) fn dirty_put_back(&mut self, from: ConnectionId) -> Handled {
+        self.attached(from)?.dirty_put_back()?;
+        Reply::done()
+    }
+
+    pub(super) fn dirty_stop(&mut self, from: ConnectionId) -> Handled {
+        self.attached(from)?.dirty_stop()?;
+        Reply::done()
+    }
+
+    pub(super) fn export(&mut self, from: ConnectionId) -> Handled {
+        let hosted = self.attached(from)?;
+        match hosted.activity {
+            Activity::Parked => {}
+            Activity::Exporting(_) => return Err(Failure::new(FailureCode::Busy, "an export is under way")),
+            _ => return Err(Failure::refused("the guest is not paused: pause comes before export")),
+        }
+        hosted.activity = Activity::Exporting(Instant::now());
+        hosted.machine.request_export();
+        Ok(Reply::Later(Task::Export))
+    }
+
+    /// The machine has been saved, or could not be.
+    pub(super) fn exported(&mut self, state: Result<Vec<u8>, VmmError>) {
+        let Some(hosted) = &mut self.hosted else { return };
+        let Activity::Exporting(since) = hosted.activity else { return };
+        hosted.activity = Activity::Parked;
+        let export_us = since.elapsed().as_micros() as u64;
+        let answer = state.map_err(|e| failed(format!("export: {e}"))).and_then(|state| {
+            let blob = StateBlob { bytes: state.len() as u64, export_us };
+            let memfd = memfd::create_sealed(c"vmferry-state", blob.bytes);
+            let written = memfd.and_then(|file| file.write_all_at(&state, 0).map(|()| file));
+            let file = written.map_err(|e| failed(format!("cannot pass the saved state on: {e}")))?;
+            hosted.exported = true;
+            Ok((blob, file))
+        });
+        match answer {
+            Ok((blob, file)) => self.finish_tasks(Task::Export, || Reply::with_fds(blob, vec![file.into()])),
+            Err(failure) => self.finish_tasks(Task::Export, || Err(failure)),
+        }
+        let _ = self.settle();
+    }
+
+    pub(super) fn fence(&mut self, from: ConnectionId, attempt: Attempt, dest: &str) -> Handled {
+        let hosted = self.attached(from)?;
+        let still = hosted.activity == Activity::Parked && hosted.exported;
+        if !still && self.ownership.may_run() {
+            let why = "the fence is refused: the guest is not paused, or has run since it was exported, \
+                       so that what was sent is old";
+            return Err(Failure::refused(why));
+        }
+        self.change_recorded(|o| o.fence(attempt, dest))?;
+        Reply::done()
+    }
+
+    pub(super) fn peer_revoked(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
+        self.attached(from)?;
+        self.change(|o| o.peer_revoked(attempt))?;
+        self.settle()?;
+        Reply::done()
+    }
+
+    pub(super) fn release(&mut self, from: ConnectionId, attempt: Attempt, keep: bool) -> Handled {
+        self.attached(from)?.dirty_stop()?;
+        let dest = match &self.ownership {
+            Ownership::Committed { dest, .. } => dest.clone(),
+            _ => String::new(),
+        };
+        self.change(|o| o.released(attempt))?;
+        self.emit("migrated", Some(format!("the guest runs at {dest}")));
+        if !keep {
+            self.ending.get_or_insert(Ending::Migrated { dest });
+        }
+        Reply::done()
+    }
+}
