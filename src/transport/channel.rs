@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::receiver::FirstFrame;
+use super::frame_io::FirstFrame;
 use super::{ChannelError, Receiver, Sender, Stream};
 use crate::switchover::Attempt;
 use crate::wire::limits::MIN_FRAME_RATE;

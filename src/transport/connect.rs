@@ -151,10 +151,8 @@ impl Listener {
 
 /// accept(2) passes on errors of the connection that it would have given.
 fn is_the_callers(error: &std::io::Error) -> bool {
-    use nix::libc::{EHOSTUNREACH, EINTR, EINVAL, ENETDOWN, ENETUNREACH, ENOPROTOOPT, ENOTCONN, EPROTO};
-    matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset | ErrorKind::TimedOut)
-        || matches!(
-            error.raw_os_error(),
-            Some(EINTR | EPROTO | ENETDOWN | ENETUNREACH | EHOSTUNREACH | ENOPROTOOPT | ENOTCONN | EINVAL)
-        )
+    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, TimedOut};
+    use nix::libc::{EHOSTUNREACH, ENETDOWN, ENETUNREACH, ENOPROTOOPT, EPROTO};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | TimedOut)
+        || matches!(error.raw_os_error(), Some(EPROTO | ENETDOWN | ENETUNREACH | EHOSTUNREACH | ENOPROTOOPT))
 }

@@ -23,13 +23,14 @@ const GRACE: Duration = Duration::from_secs(1);
 const PIPE_BYTES: i32 = 1 << 20;
 
 /// Starts `sh -c command`; what it prints is read, what is written is its input. Its error output
-/// is ours.
+/// is ours. It ignores SIGINT: Ctrl-C reaches the whole foreground group, and after the fence the
+/// link must not die of it.
 pub(super) fn connect(command: &str, cancel: &CancelToken) -> Result<Stream, StreamError> {
     let name = format!("exec:{command}");
     let failed = |e: io::Error| StreamError::Connect { peer: name.clone(), cause: e.to_string() };
     cancel.check()?;
     let mut child = Command::new("/bin/sh")
-        .args(["-c", command])
+        .args(["-c", &format!("trap '' INT\n{command}")])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())

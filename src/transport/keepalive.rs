@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 use super::{CancelToken, Sender};
 
+/// The shortest time between two PINGs, whatever time-out the peer says that it has.
+const LEAST: Duration = Duration::from_millis(10);
+
 /// A thread that keeps channels from falling silent; it ends when this is dropped.
 ///
 /// The other half of the matter is in [`super::Receiver`]: any byte is life, and silence for
@@ -23,7 +26,7 @@ impl Heartbeat {
         let theirs = stop.clone();
         let thread = std::thread::Builder::new()
             .name("heartbeat".to_owned())
-            .spawn(move || beat(senders, peer_timeout / 4, &theirs))?;
+            .spawn(move || beat(senders, (peer_timeout / 4).max(LEAST), &theirs))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -11,6 +11,7 @@ mod channel;
 mod connect;
 mod error;
 mod exec;
+mod frame_io;
 mod keepalive;
 mod rate;
 mod receiver;
@@ -18,6 +19,15 @@ mod sender;
 mod stream;
 mod tcp;
 mod unix;
+
+#[cfg(test)]
+mod channel_tests;
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
+mod stream_tests;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use address::{Address, AddressError, needs_insecure};
 pub use cancel::CancelToken;

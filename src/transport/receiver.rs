@@ -5,13 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::channel::ChannelStats;
+use super::frame_io::{read_counted, read_header, read_message, unexpected};
 use super::stream::Limits;
 use super::{CancelToken, ChannelError, ChannelOptions, ChannelRole, ReadHalf, Sender, StreamError};
 use crate::switchover::Attempt;
-use crate::wire::{FrameType, HEADER_BYTES, Header, Message, MessageError, PAGES_HEAD_BYTES, RunTable};
-
-/// How much is allocated ahead of the bytes that fill it.
-const STEP: usize = 1 << 20;
+use crate::wire::{FrameType, Header, Message, MessageError, PAGES_HEAD_BYTES, RunTable};
 
 /// Receives frames in order, and answers PING by itself. After an error nothing more comes.
 #[derive(Debug)]
@@ -25,6 +23,8 @@ pub struct Receiver {
     table: RunTable,
     scratch: Vec<u8>,
     data: DataState,
+    /// Since when nothing has come, while that is being waited for.
+    silent_since: Option<Instant>,
     dead: Option<String>,
 }
 
@@ -77,11 +77,12 @@ impl Receiver {
             table: RunTable::new(),
             scratch: Vec::new(),
             data: DataState { left: 0, whole, failed: None },
+            silent_since: None,
             dead: None,
         }
     }
 
-    /// The first frame was read by [`FirstFrame`].
+    /// The first frame was read by [`super::frame_io::FirstFrame`].
     pub(super) fn skip_first(&mut self) {
         self.sequence = 1;
     }
@@ -193,7 +194,8 @@ impl Receiver {
     /// Reads the next header and checks it against what is due.
     fn header(&mut self, until: Option<Instant>) -> Result<Option<Header>, ChannelError> {
         let silence = self.options.peer_timeout;
-        let give_up = Instant::now() + silence;
+        // Waits that end with `until` and are taken up again are one silence.
+        let give_up = *self.silent_since.get_or_insert_with(Instant::now) + silence;
         if !self.half.wait_readable(until.map_or(give_up, |u| u.min(give_up)))? {
             if until.is_some_and(|u| u < give_up) {
                 return Ok(None);
@@ -201,6 +203,7 @@ impl Receiver {
             let (peer, ms) = (self.peer().to_owned(), silence.as_millis() as u64);
             return Err(StreamError::Silent { peer, ms }.into());
         }
+        self.silent_since = None;
         let (header, begun) = read_header(&self.half, self.options, &self.stats)?;
         let bound = self.options.frame_time(u64::from(header.payload_bytes));
         self.data.whole = (begun + bound, bound);
@@ -318,104 +321,4 @@ impl PageData<'_> {
         self.state.failed.get_or_insert_with(|| error.to_string());
         error.into()
     }
-}
-
-/// The frame that a stream begins with, before it is known whose it is.
-pub(super) struct FirstFrame {
-    pub header: Header,
-    message: Result<Message, ChannelError>,
-}
-
-impl FirstFrame {
-    /// Reads it. An error when there is no valid header; what is wrong after that is kept for
-    /// [`FirstFrame::message`], since it can be answered.
-    pub(super) fn read(
-        half: &ReadHalf,
-        options: ChannelOptions,
-        stats: &ChannelStats,
-    ) -> Result<Self, ChannelError> {
-        let (header, _) = read_header(half, options, stats)?;
-        let peer = || half.peer().to_owned();
-        if !matches!(header.kind, FrameType::Hello | FrameType::Join) {
-            let message = Err(unexpected(peer(), header.kind, "HELLO or JOIN"));
-            return Ok(Self { header, message });
-        }
-        if header.sequence != 0 {
-            let message = Err(ChannelError::OutOfOrder { peer: peer(), got: header.sequence, expected: 0 });
-            return Ok(Self { header, message });
-        }
-        let bound = options.frame_time(u64::from(header.payload_bytes));
-        let limits = Limits { silence: options.peer_timeout, whole: Some((Instant::now() + bound, bound)) };
-        let message = match read_message(half, &header, limits, stats) {
-            Err(e @ ChannelError::Stream(_)) => return Err(e),
-            other => other,
-        };
-        Ok(Self { header, message })
-    }
-
-    /// HELLO or JOIN, or what is wrong.
-    pub(super) fn message(self) -> Result<Message, ChannelError> {
-        self.message
-    }
-}
-
-fn unexpected(peer: String, got: FrameType, expected: &str) -> ChannelError {
-    ChannelError::Unexpected { peer, got, expected: expected.to_owned() }
-}
-
-/// Reads one header and when its first byte came. The whole must come within the silence that is
-/// allowed.
-fn read_header(
-    half: &ReadHalf,
-    options: ChannelOptions,
-    stats: &ChannelStats,
-) -> Result<(Header, Instant), ChannelError> {
-    let silence = options.peer_timeout;
-    let begun = Instant::now();
-    let limits = Limits { silence, whole: Some((begun + silence, silence)) };
-    let mut bytes = [0; HEADER_BYTES];
-    let mut filled = half.read_some(&mut [IoSliceMut::new(&mut bytes)], limits)?;
-    if filled == 0 {
-        return Err(half.closed().into());
-    }
-    let rest = half.read_exact(&mut bytes, &mut filled, limits);
-    stats.count_received(filled);
-    rest?;
-    let header = Header::decode(&bytes)
-        .map_err(|cause| ChannelError::Header { peer: half.peer().to_owned(), cause })?;
-    Ok((header, begun))
-}
-
-/// Reads the payload of a frame that is not PAGES. Memory is allocated as bytes come, not as they
-/// are promised.
-fn read_message(
-    half: &ReadHalf,
-    header: &Header,
-    limits: Limits,
-    stats: &ChannelStats,
-) -> Result<Message, ChannelError> {
-    let length = header.payload_bytes as usize;
-    let mut payload = Vec::new();
-    while payload.len() < length {
-        let at = payload.len();
-        payload.resize(length.min(at + STEP), 0);
-        read_counted(half, &mut payload[at..], limits, stats)?;
-    }
-    let result = match crc32c::crc32c(&payload) == header.body_crc {
-        true => Message::decode(header.kind, payload),
-        false => Err(MessageError::Damaged(header.kind)),
-    };
-    result.map_err(|cause| ChannelError::Message { peer: half.peer().to_owned(), cause })
-}
-
-fn read_counted(
-    half: &ReadHalf,
-    buf: &mut [u8],
-    limits: Limits,
-    stats: &ChannelStats,
-) -> Result<(), StreamError> {
-    let mut filled = 0;
-    let result = half.read_exact(buf, &mut filled, limits);
-    stats.count_received(filled);
-    result
 }

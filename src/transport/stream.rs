@@ -128,7 +128,11 @@ impl Stream {
     /// Fills `buf`; an error when that takes longer than `timeout`.
     pub fn read_exact_deadline(&mut self, buf: &mut [u8], timeout: Duration) -> Result<(), StreamError> {
         let limits = Limits { silence: timeout, whole: Some((Instant::now() + timeout, timeout)) };
-        self.read.read_exact(buf, &mut 0, limits)
+        let mut filled = 0;
+        self.read.read_exact(buf, &mut filled, limits).map_err(|e| match e {
+            StreamError::TooSlow { peer, ms } if filled == 0 => StreamError::Silent { peer, ms },
+            e => e,
+        })
     }
 
     /// Writes all of `bufs`; an error when nothing is taken for `timeout`.

@@ -25,7 +25,7 @@ pub(super) fn connect(
     let name = format!("tcp:{}", SocketText(host, port));
     let until = Instant::now() + timeout;
     let failed = |cause: String| StreamError::Connect { peer: name.clone(), cause };
-    let addresses = resolve(host, port, until, cancel).map_err(|e| e.unwrap_or_else(&failed))?;
+    let addresses = resolve(host, port, until, cancel).map_err(|e| e.into_error(failed))?;
     let mut causes: Vec<String> = Vec::new();
     for (i, address) in addresses.iter().enumerate() {
         // Each address gets a fair share of what is left.
@@ -51,7 +51,7 @@ enum Failed {
 }
 
 impl Failed {
-    fn unwrap_or_else(self, f: impl FnOnce(String) -> StreamError) -> StreamError {
+    fn into_error(self, f: impl FnOnce(String) -> StreamError) -> StreamError {
         match self {
             Self::Cancelled(e) => e,
             Self::Cause(cause) => f(cause),
@@ -158,7 +158,9 @@ impl Tcp {
         socket.set_nonblocking(true)?;
         let owned: OwnedFd = stream.into();
         let socket = Socket::from(owned);
-        tune(&socket, self.peer_timeout)?;
+        // Options that a connection does not take are the matter of that one caller.
+        tune(&socket, self.peer_timeout)
+            .map_err(|e| std::io::Error::new(std::io::ErrorKind::ConnectionAborted, e))?;
         Ok((socket.into(), format!("tcp:{from}")))
     }
 }

@@ -260,6 +260,27 @@ mod tests {
     }
 
     #[test]
+    fn every_type_is_in_the_documentation_with_its_limit() {
+        let text = include_str!("../../docs/protocol.md");
+        for kind in FrameType::ALL {
+            let line = text.lines().find(|l| l.starts_with(&format!("| {} | {kind} | ", *kind as u16)));
+            let line = line.unwrap_or_else(|| panic!("docs/protocol.md lacks {kind}"));
+            let limit = match max_payload(*kind) {
+                n if n >= 1 << 20 && n % (1 << 20) == 0 => format!("| {} MiB |", n >> 20),
+                n if *kind == FrameType::Pages => {
+                    assert_eq!(n, 16 + 65_536 + (1 << 20));
+                    "| 16 + 65,536 + 1 MiB |".to_owned()
+                }
+                n => format!("| {n} |"),
+            };
+            assert!(line.ends_with(&limit), "{line}");
+        }
+        for (number, name) in RESERVED {
+            assert!(text.contains(&format!("{number} {name}")), "{name}");
+        }
+    }
+
+    #[test]
     fn lies_are_named() {
         let good = sample().encode();
         assert!(matches!(Header::decode(&resealed(good, 0, b"HTTP")), Err(HeaderError::Magic(_))));

@@ -1,6 +1,6 @@
 //! Agreeing on a version and on features: overlapping ranges, and names.
 
-use super::message::{Hello, Problem, Refused, RefusedCode};
+use super::payload::{Hello, Problem, Refused, RefusedCode};
 
 /// The version of the protocol that is described in docs/protocol.md.
 pub const VERSION: u32 = 1;

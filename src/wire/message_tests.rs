@@ -2,8 +2,9 @@
 
 use proptest::prelude::*;
 
+use super::super::{Problem, RefusedCode, ResumePhase, Side};
 use super::*;
-use crate::switchover::SessionId;
+use crate::switchover::{Attempt, SessionId};
 
 fn hello() -> Hello {
     Hello {

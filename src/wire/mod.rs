@@ -9,11 +9,13 @@ mod hello;
 pub mod limits;
 mod message;
 mod pages;
+mod payload;
 
 pub use header::{FrameType, HEADER_BYTES, Header, HeaderError, MAGIC};
 pub use hello::{Agreed, MUST_PREFIX, Supported, VERSION, negotiate};
-pub use message::{
-    Abort, Done, End, Hello, HelloAck, JsonBody, Message, MessageError, PassDone, Problem, Ready, Refused,
-    RefusedCode, ResumePhase, Running, Side,
-};
+pub use message::{JsonBody, Message, MessageError};
 pub use pages::{PAGES_HEAD_BYTES, RUN_BYTES, Run, RunKind, RunTable, TableError};
+pub use payload::{
+    Abort, Done, End, Hello, HelloAck, PassDone, Problem, Ready, Refused, RefusedCode, ResumePhase, Running,
+    Side,
+};
