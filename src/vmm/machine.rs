@@ -78,8 +78,20 @@ pub struct Machine {
     fault: FaultPoint,
 }
 
+/// Whether a machine holds a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// Prepared, nothing loaded; or an import failed.
+    Empty,
+    /// An import is under way.
+    Importing,
+    /// Booted or imported.
+    Guest,
+}
+
 /// What threads of a machine share.
 struct Parts {
+    content: Mutex<Content>,
     vm: Arc<VmFd>,
     bus: Arc<Bus>,
     ram: GuestRam,
@@ -118,7 +130,10 @@ impl Machine {
             set_mtrr_default(fd);
         }
         registers::enter(&fds[0], &ram, &entry)?;
-        Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())
+        let machine =
+            Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())?;
+        machine.parts.set_content(Content::Guest);
+        Ok(machine)
     }
 
     /// Makes a machine as `desc` describes it, with fresh RAM and nothing loaded, for
@@ -172,7 +187,8 @@ impl Machine {
             sregs2: relies_on(host::CAP_SREGS2),
             tsc_offset: relies_on(host::CAP_TSC_OFFSET),
         });
-        let parts = Arc::new(Parts { vm, bus: Arc::clone(&bus), ram, layout });
+        let content = Mutex::new(Content::Empty);
+        let parts = Arc::new(Parts { content, vm, bus: Arc::clone(&bus), ram, layout });
         let vcpus = VcpuGroup::start(fds, bus, notices.clone(), Arc::clone(&parts))?;
         Ok(Self { vcpus, parts, dirty: Mutex::new(dirty), description, notices, fault })
     }
@@ -195,6 +211,7 @@ impl Machine {
     /// Lets the vCPUs enter guest mode; from here on the devices act on the host. To be called only
     /// by the owner of the guest.
     pub fn run(&self) -> Result<(), VmmError> {
+        self.parts.want_guest()?;
         self.vcpus.run()?;
         self.parts.bus.serial.connect()
     }
@@ -206,6 +223,10 @@ impl Machine {
 
     /// Asks the vCPUs to park, each with its last instruction completed. [`Notice::Paused`] follows
     /// when all have; at once if they are parked.
+    ///
+    /// A vCPU that sits in a page fault parks when its page has come. From the kick until then its
+    /// thread may spin in the kernel (the fault is retried while a signal is pending), so this is
+    /// better not asked for while a link that owes pages is down.
     pub fn request_pause(&self) {
         self.parts.bus.serial.disconnect();
         self.vcpus.request_pause();
@@ -214,8 +235,8 @@ impl Machine {
     /// Saves a paused machine: [`Notice::Exported`] follows. The vCPUs are read on their threads, at
     /// the same time. Saving may write guest RAM: the last dirty set is taken after it.
     pub fn request_export(&self) {
-        if !self.is_paused() {
-            return self.notices.send(Notice::Exported(Err(VmmError::WrongState("running"))));
+        if let Err(e) = self.parts.want_guest().and_then(|()| self.want_paused()) {
+            return self.notices.send(Notice::Exported(Err(e)));
         }
         let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
         let round = Arc::new(Round::new(self.description.vcpus as usize, move |vcpus| {
@@ -229,40 +250,48 @@ impl Machine {
     /// thread. Nothing of this is on the caller's thread, and it may take as long as a page of guest
     /// RAM is missing.
     pub fn request_import(&self, state: Vec<u8>) {
-        if !self.is_paused() {
-            return self.notices.send(Notice::Synchronised(Err(VmmError::WrongState("running"))));
+        if let Err(e) = self.want_paused().and_then(|()| self.parts.begin_import()) {
+            return self.notices.send(Notice::Synchronised(Err(e)));
         }
         let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
         let (fault, vcpus) = (self.fault.clone(), self.description.vcpus);
         let khz = self.description.tsc.khz;
         let assign = self.vcpus.assigner();
+        let done = move |result: Result<SyncTimes, VmmError>| {
+            parts.set_content(if result.is_ok() { Content::Guest } else { Content::Empty });
+            notices.send(Notice::Synchronised(result));
+        };
+        let source = Arc::clone(&self.parts);
         let importer = move || {
             let began = Instant::now();
-            let jobs = import(&parts, &state, vcpus, khz, &fault).map(|(images, tsc)| {
-                let import_us = began.elapsed().as_micros() as u64;
-                let began = Instant::now();
-                let notices = notices.clone();
-                let round = Arc::new(Round::new(images.len(), move |all: Result<Vec<()>, _>| {
-                    let sync_us = began.elapsed().as_micros() as u64;
-                    notices.send(Notice::Synchronised(all.map(|_| SyncTimes { import_us, sync_us })));
-                }));
-                let trap = Arc::new(fault.trap.clone());
-                let load = |image| Job::Load(Box::new(image), tsc, Arc::clone(&trap), Arc::clone(&round));
-                images.into_iter().map(load).collect()
-            });
-            match jobs {
-                Ok(jobs) => assign(jobs),
-                Err(e) => notices.send(Notice::Synchronised(Err(e))),
-            }
+            let (images, tsc) = match import(&source, &state, vcpus, khz, &fault) {
+                Ok(found) => found,
+                Err(e) => return done(Err(e)),
+            };
+            let import_us = began.elapsed().as_micros() as u64;
+            let began = Instant::now();
+            let round = Arc::new(Round::new(images.len(), move |all: Result<Vec<()>, _>| {
+                let sync_us = began.elapsed().as_micros() as u64;
+                done(all.map(|_| SyncTimes { import_us, sync_us }));
+            }));
+            let trap = Arc::new(fault.trap.clone());
+            let load = |image| Job::Load(Box::new(image), tsc, Arc::clone(&trap), Arc::clone(&round));
+            assign(images.into_iter().map(load).collect());
         };
         if let Err(e) = thread::Builder::new().name("import".into()).spawn(importer) {
+            self.parts.set_content(Content::Empty);
             self.notices.send(Notice::Synchronised(Err(VmmError::Thread(e))));
         }
     }
 
     /// Turns the dirty log on: every write from now on is noted. The first pass then sends all pages
     /// (see [`Machine::dirty_clear`]).
+    ///
+    /// Not to be called while pages of the machine may be missing: changing a memslot waits for
+    /// every vCPU that sits in a page fault (KVM's SRCU), for ever if the page never comes. The same
+    /// holds for [`Machine::dirty_stop`] of a log that is on.
     pub fn dirty_start(&self) -> Result<(), VmmError> {
+        self.parts.want_guest()?;
         self.dirty().start(&self.parts.vm, &self.parts.ram)
     }
 
@@ -294,8 +323,46 @@ impl Machine {
         self.parts.bus.serial.close();
     }
 
+    fn want_paused(&self) -> Result<(), VmmError> {
+        match self.is_paused() {
+            true => Ok(()),
+            false => Err(VmmError::WrongState("running")),
+        }
+    }
+
     fn dirty(&self) -> MutexGuard<'_, DirtyLog> {
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Parts {
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_content(&self, content: Content) {
+        *self.content() = content;
+    }
+
+    fn want_guest(&self) -> Result<(), VmmError> {
+        match *self.content() {
+            Content::Guest => Ok(()),
+            Content::Importing => Err(VmmError::WrongState("being imported")),
+            Content::Empty => Err(VmmError::WrongState("empty")),
+        }
+    }
+
+    /// Only an empty machine is imported into; an import that failed leaves it empty.
+    fn begin_import(&self) -> Result<(), VmmError> {
+        let mut content = self.content();
+        match *content {
+            Content::Empty => {
+                *content = Content::Importing;
+                Ok(())
+            }
+            Content::Importing => Err(VmmError::WrongState("being imported")),
+            Content::Guest => Err(VmmError::WrongState("not empty")),
+        }
     }
 }
 

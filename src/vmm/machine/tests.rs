@@ -461,6 +461,99 @@ fn a_terminal_takes_input_and_gives_output() {
     machine.stop();
 }
 
+/// A userfaultfd over all RAM of a machine, which nobody serves.
+fn hold_all_pages(machine: &Machine) -> userfaultfd::Uffd {
+    let uffd = userfaultfd::UffdBuilder::new().user_mode_only(false).non_blocking(true).create().unwrap();
+    let ram = machine.ram();
+    for (region, address) in ram.map().regions().iter().zip(ram.addresses()) {
+        uffd.register(address.0 as *mut _, region.bytes as usize).unwrap();
+    }
+    uffd
+}
+
+#[test]
+fn a_page_that_never_comes_holds_up_only_the_import() {
+    if !kvm_is_here() {
+        return;
+    }
+    // Where the guest uses kvmclock, setting its MSR needs a page of its RAM.
+    let first = Guest::boot(2, 64, "fill=4M ws=1M kvmclock=1");
+    first.machine.run().unwrap();
+    first.wait_for_beats();
+    first.pause();
+    let state = first.export();
+    let second = Guest::prepare(&first, None);
+    let uffd = hold_all_pages(&second.machine);
+    let began = Instant::now();
+    second.machine.request_import(state.clone());
+    let fault = loop {
+        // The event comes as soon as a vCPU thread needs the page.
+        match uffd.read_event().unwrap() {
+            Some(event) => break event,
+            None => assert!(began.elapsed() < PATIENCE, "no fault"),
+        }
+    };
+    let began = Instant::now();
+    assert!(matches!(second.machine.run(), Err(VmmError::WrongState("being imported"))));
+    second.machine.request_pause();
+    assert!(matches!(second.notice(), Notice::Paused));
+    second.machine.request_import(state);
+    assert!(matches!(second.notice(), Notice::Synchronised(Err(VmmError::WrongState("being imported")))));
+    assert!(matches!(second.machine.dirty_start(), Err(VmmError::WrongState("being imported"))));
+    assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+    assert!(second.notices.receiver.try_recv().is_err(), "still importing");
+    drop(fault);
+    let began = Instant::now();
+    second.machine.stop();
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn a_vcpu_in_a_page_fault_pauses_or_is_left_behind() {
+    if !kvm_is_here() {
+        return;
+    }
+    let first = Guest::boot(1, 64, "fill=4M ws=1M");
+    first.machine.run().unwrap();
+    first.wait_for_beats();
+    first.pause();
+    let second = Guest::prepare(&first, None);
+    let uffd = hold_all_pages(&second.machine);
+    second.import(first.export()).unwrap();
+    second.machine.run().unwrap();
+    let began = Instant::now();
+    while uffd.read_event().unwrap().is_none() {
+        assert!(began.elapsed() < PATIENCE, "no fault");
+    }
+    second.machine.request_pause();
+    // Which of the two depends on where in KVM the fault is taken.
+    let paused = second.notices.receiver.recv_timeout(Duration::from_millis(300));
+    eprintln!("a pause with a vCPU in a page fault: {paused:?}");
+    let began = Instant::now();
+    second.machine.stop();
+    eprintln!("the end with a vCPU in a page fault took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn a_guest_moves_there_and_back_under_load() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut here = Guest::boot(4, 64, "fill=32M ws=16M rate=0 kvmclock=1");
+    here.machine.run().unwrap();
+    for _ in 0..10 {
+        here.wait_for_beats();
+        here.pause();
+        let there = Guest::prepare(&here, None);
+        here.copy_ram_to(&there);
+        there.import(here.export()).unwrap();
+        there.machine.run().unwrap();
+        here = there;
+    }
+    here.wait_for_beats();
+}
+
 #[test]
 fn only_what_was_taken_is_cleared() {
     if !kvm_is_here() {
