@@ -1,7 +1,6 @@
 //! One microVM: made, driven, saved, restored, ended.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -10,13 +9,14 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::boot::{self, BootConfig, KernelSource};
+use super::config::{LocalConfig, MachineConfig};
 use super::devices::{Bus, SerialBackend, SerialPort};
 use super::dirty::DirtyLog;
+use super::fault::FaultPoint;
 use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, VcpuGroup};
-use super::x86::restore::FaultTrap;
 use super::x86::save::VcpuLayout;
 use super::x86::{clock, cpuid, irqchip, registers};
 use super::{Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
@@ -30,41 +30,6 @@ use crate::state::{
 const SERIAL_ID: &str = "serial0";
 /// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
-
-/// A machine to boot.
-#[derive(Clone, Debug)]
-pub struct MachineConfig {
-    /// `--name`.
-    pub name: String,
-    /// Random, for this machine's whole life.
-    pub uuid: String,
-    /// RAM in bytes, a multiple of 2 MiB.
-    pub memory_bytes: u64,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// What is booted.
-    pub kernel: KernelSource,
-    /// An initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    pub cmdline: String,
-    /// What the serial port is connected to.
-    pub serial: SerialBackend,
-}
-
-/// What a host decides about a machine that comes in.
-#[derive(Clone, Debug, Default)]
-pub struct LocalConfig {
-    /// What the serial port is connected to, unless it is remapped.
-    pub serial: SerialBackend,
-    /// `--remap ID=VALUE`: host paths by device id.
-    pub remaps: BTreeMap<String, String>,
-    /// Where an import fails on purpose, for drills: `import:SECTION` or `vcpu:NUMBER:GROUP`, for
-    /// example `import:serial` or `vcpu:1:lapic`. Without it, the environment variable
-    /// `VMFERRY_FAULT_POINT` counts.
-    #[cfg(feature = "fault-points")]
-    pub fault: Option<String>,
-}
 
 /// A microVM on this host. Its vCPUs are threads of this process; no call waits for them, but for
 /// [`Machine::stop`].
@@ -434,45 +399,6 @@ fn import(parts: &Parts, state: &[u8], vcpus: u32, khz: u32, fault: &FaultPoint)
     fault.at("clock")?;
     let here = clock::restore(&parts.vm, &state.clock)?;
     Ok((state.vcpus, clock::tsc_rule(&state.clock, &here, khz)))
-}
-
-/// Where an import fails on purpose; nowhere in builds without the feature `fault-points`.
-#[derive(Clone, Debug, Default)]
-struct FaultPoint {
-    #[cfg(feature = "fault-points")]
-    section: Option<String>,
-    trap: FaultTrap,
-}
-
-#[cfg(feature = "fault-points")]
-impl FaultPoint {
-    fn of(local: &LocalConfig) -> Self {
-        let text = local.fault.clone().or_else(|| std::env::var("VMFERRY_FAULT_POINT").ok());
-        let text = text.unwrap_or_default();
-        let point = text
-            .strip_prefix("vcpu:")
-            .and_then(|rest| rest.split_once(':'))
-            .and_then(|(number, group)| Some((number.parse().ok()?, group.to_lowercase())));
-        Self { section: text.strip_prefix("import:").map(Into::into), trap: FaultTrap { point } }
-    }
-
-    fn at(&self, section: &str) -> Result<(), VmmError> {
-        match self.section.as_deref() == Some(section) {
-            true => Err(VmmError::FaultPoint(section.into())),
-            false => Ok(()),
-        }
-    }
-}
-
-#[cfg(not(feature = "fault-points"))]
-impl FaultPoint {
-    fn of(_: &LocalConfig) -> Self {
-        Self::default()
-    }
-
-    fn at(&self, _: &str) -> Result<(), VmmError> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]
