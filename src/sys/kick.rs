@@ -49,24 +49,37 @@ pub struct KickGuard {
 }
 
 impl KickGuard {
-    /// Points this thread's kicks at `vcpu` and unblocks the signal. The guard has to be dropped
-    /// before `vcpu` is: keep it in the scope that owns the vCPU.
+    /// Points this thread's kicks at `vcpu`, and blocks them until [`KickGuard::allow`]. The guard
+    /// has to be dropped before `vcpu` is: keep it in the scope that owns the vCPU.
     pub fn new(vcpu: &mut VcpuFd) -> io::Result<Self> {
+        change_mask(libc::SIG_BLOCK)?;
         let flag = ptr::addr_of_mut!(vcpu.get_kvm_run().immediate_exit);
         IMMEDIATE_EXIT.with(|cell| cell.set(flag));
-        // SAFETY: an all-zero sigset_t is valid storage for sigemptyset, which initialises it; the
-        // calls read and write only this local set.
-        let rc = unsafe {
-            let mut set: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&mut set);
-            libc::sigaddset(&mut set, SIGRTMIN() + KICK_OFFSET);
-            libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, ptr::null_mut())
-        };
-        if rc != 0 {
-            return Err(io::Error::from_raw_os_error(rc));
-        }
         Ok(Self { _not_send: std::marker::PhantomData })
     }
+
+    /// Lets kicks in, one that came meanwhile too: for the time of `KVM_RUN`.
+    pub fn allow(&self) -> io::Result<()> {
+        change_mask(libc::SIG_UNBLOCK)
+    }
+
+    /// Keeps kicks out: other KVM ioctls that meet a missing page of guest RAM would fail with
+    /// EFAULT, or spin in the kernel, while a signal is pending.
+    pub fn forbid(&self) -> io::Result<()> {
+        change_mask(libc::SIG_BLOCK)
+    }
+}
+
+fn change_mask(how: libc::c_int) -> io::Result<()> {
+    // SAFETY: an all-zero sigset_t is valid storage for sigemptyset, which initialises it; the
+    // calls read and write only this local set.
+    let rc = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, SIGRTMIN() + KICK_OFFSET);
+        libc::pthread_sigmask(how, &set, ptr::null_mut())
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(rc)) }
 }
 
 impl Drop for KickGuard {

@@ -1,7 +1,6 @@
 //! One microVM: made, driven, saved, restored, ended.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -10,13 +9,14 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::boot::{self, BootConfig, KernelSource};
+use super::config::{LocalConfig, MachineConfig};
 use super::devices::{Bus, SerialBackend, SerialPort};
 use super::dirty::DirtyLog;
+use super::fault::FaultPoint;
 use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, VcpuGroup};
-use super::x86::restore::FaultTrap;
 use super::x86::save::VcpuLayout;
 use super::x86::{clock, cpuid, irqchip, registers};
 use super::{Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
@@ -31,41 +31,6 @@ const SERIAL_ID: &str = "serial0";
 /// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
 
-/// A machine to boot.
-#[derive(Clone, Debug)]
-pub struct MachineConfig {
-    /// `--name`.
-    pub name: String,
-    /// Random, for this machine's whole life.
-    pub uuid: String,
-    /// RAM in bytes, a multiple of 2 MiB.
-    pub memory_bytes: u64,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// What is booted.
-    pub kernel: KernelSource,
-    /// An initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    pub cmdline: String,
-    /// What the serial port is connected to.
-    pub serial: SerialBackend,
-}
-
-/// What a host decides about a machine that comes in.
-#[derive(Clone, Debug, Default)]
-pub struct LocalConfig {
-    /// What the serial port is connected to, unless it is remapped.
-    pub serial: SerialBackend,
-    /// `--remap ID=VALUE`: host paths by device id.
-    pub remaps: BTreeMap<String, String>,
-    /// Where an import fails on purpose, for drills: `import:SECTION` or `vcpu:NUMBER:GROUP`, for
-    /// example `import:serial` or `vcpu:1:lapic`. Without it, the environment variable
-    /// `VMFERRY_FAULT_POINT` counts.
-    #[cfg(feature = "fault-points")]
-    pub fault: Option<String>,
-}
-
 /// A microVM on this host. Its vCPUs are threads of this process; no call waits for them, but for
 /// [`Machine::stop`].
 pub struct Machine {
@@ -78,8 +43,20 @@ pub struct Machine {
     fault: FaultPoint,
 }
 
+/// Whether a machine holds a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// Prepared, nothing loaded; or an import failed.
+    Empty,
+    /// An import is under way.
+    Importing,
+    /// Booted or imported.
+    Guest,
+}
+
 /// What threads of a machine share.
 struct Parts {
+    content: Mutex<Content>,
     vm: Arc<VmFd>,
     bus: Arc<Bus>,
     ram: GuestRam,
@@ -118,7 +95,10 @@ impl Machine {
             set_mtrr_default(fd);
         }
         registers::enter(&fds[0], &ram, &entry)?;
-        Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())
+        let machine =
+            Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())?;
+        machine.parts.set_content(Content::Guest);
+        Ok(machine)
     }
 
     /// Makes a machine as `desc` describes it, with fresh RAM and nothing loaded, for
@@ -172,7 +152,8 @@ impl Machine {
             sregs2: relies_on(host::CAP_SREGS2),
             tsc_offset: relies_on(host::CAP_TSC_OFFSET),
         });
-        let parts = Arc::new(Parts { vm, bus: Arc::clone(&bus), ram, layout });
+        let content = Mutex::new(Content::Empty);
+        let parts = Arc::new(Parts { content, vm, bus: Arc::clone(&bus), ram, layout });
         let vcpus = VcpuGroup::start(fds, bus, notices.clone(), Arc::clone(&parts))?;
         Ok(Self { vcpus, parts, dirty: Mutex::new(dirty), description, notices, fault })
     }
@@ -195,6 +176,7 @@ impl Machine {
     /// Lets the vCPUs enter guest mode; from here on the devices act on the host. To be called only
     /// by the owner of the guest.
     pub fn run(&self) -> Result<(), VmmError> {
+        self.parts.want_guest()?;
         self.vcpus.run()?;
         self.parts.bus.serial.connect()
     }
@@ -206,6 +188,10 @@ impl Machine {
 
     /// Asks the vCPUs to park, each with its last instruction completed. [`Notice::Paused`] follows
     /// when all have; at once if they are parked.
+    ///
+    /// A vCPU that sits in a page fault parks when its page has come. From the kick until then its
+    /// thread may spin in the kernel (the fault is retried while a signal is pending), so this is
+    /// better not asked for while a link that owes pages is down.
     pub fn request_pause(&self) {
         self.parts.bus.serial.disconnect();
         self.vcpus.request_pause();
@@ -214,8 +200,8 @@ impl Machine {
     /// Saves a paused machine: [`Notice::Exported`] follows. The vCPUs are read on their threads, at
     /// the same time. Saving may write guest RAM: the last dirty set is taken after it.
     pub fn request_export(&self) {
-        if !self.is_paused() {
-            return self.notices.send(Notice::Exported(Err(VmmError::WrongState("running"))));
+        if let Err(e) = self.parts.want_guest().and_then(|()| self.want_paused()) {
+            return self.notices.send(Notice::Exported(Err(e)));
         }
         let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
         let round = Arc::new(Round::new(self.description.vcpus as usize, move |vcpus| {
@@ -229,40 +215,48 @@ impl Machine {
     /// thread. Nothing of this is on the caller's thread, and it may take as long as a page of guest
     /// RAM is missing.
     pub fn request_import(&self, state: Vec<u8>) {
-        if !self.is_paused() {
-            return self.notices.send(Notice::Synchronised(Err(VmmError::WrongState("running"))));
+        if let Err(e) = self.want_paused().and_then(|()| self.parts.begin_import()) {
+            return self.notices.send(Notice::Synchronised(Err(e)));
         }
         let (parts, notices) = (Arc::clone(&self.parts), self.notices.clone());
         let (fault, vcpus) = (self.fault.clone(), self.description.vcpus);
         let khz = self.description.tsc.khz;
         let assign = self.vcpus.assigner();
+        let done = move |result: Result<SyncTimes, VmmError>| {
+            parts.set_content(if result.is_ok() { Content::Guest } else { Content::Empty });
+            notices.send(Notice::Synchronised(result));
+        };
+        let source = Arc::clone(&self.parts);
         let importer = move || {
             let began = Instant::now();
-            let jobs = import(&parts, &state, vcpus, khz, &fault).map(|(images, tsc)| {
-                let import_us = began.elapsed().as_micros() as u64;
-                let began = Instant::now();
-                let notices = notices.clone();
-                let round = Arc::new(Round::new(images.len(), move |all: Result<Vec<()>, _>| {
-                    let sync_us = began.elapsed().as_micros() as u64;
-                    notices.send(Notice::Synchronised(all.map(|_| SyncTimes { import_us, sync_us })));
-                }));
-                let trap = Arc::new(fault.trap.clone());
-                let load = |image| Job::Load(Box::new(image), tsc, Arc::clone(&trap), Arc::clone(&round));
-                images.into_iter().map(load).collect()
-            });
-            match jobs {
-                Ok(jobs) => assign(jobs),
-                Err(e) => notices.send(Notice::Synchronised(Err(e))),
-            }
+            let (images, tsc) = match import(&source, &state, vcpus, khz, &fault) {
+                Ok(found) => found,
+                Err(e) => return done(Err(e)),
+            };
+            let import_us = began.elapsed().as_micros() as u64;
+            let began = Instant::now();
+            let round = Arc::new(Round::new(images.len(), move |all: Result<Vec<()>, _>| {
+                let sync_us = began.elapsed().as_micros() as u64;
+                done(all.map(|_| SyncTimes { import_us, sync_us }));
+            }));
+            let trap = Arc::new(fault.trap.clone());
+            let load = |image| Job::Load(Box::new(image), tsc, Arc::clone(&trap), Arc::clone(&round));
+            assign(images.into_iter().map(load).collect());
         };
         if let Err(e) = thread::Builder::new().name("import".into()).spawn(importer) {
+            self.parts.set_content(Content::Empty);
             self.notices.send(Notice::Synchronised(Err(VmmError::Thread(e))));
         }
     }
 
     /// Turns the dirty log on: every write from now on is noted. The first pass then sends all pages
     /// (see [`Machine::dirty_clear`]).
+    ///
+    /// Not to be called while pages of the machine may be missing: changing a memslot waits for
+    /// every vCPU that sits in a page fault (KVM's SRCU), for ever if the page never comes. The same
+    /// holds for [`Machine::dirty_stop`] of a log that is on.
     pub fn dirty_start(&self) -> Result<(), VmmError> {
+        self.parts.want_guest()?;
         self.dirty().start(&self.parts.vm, &self.parts.ram)
     }
 
@@ -294,8 +288,46 @@ impl Machine {
         self.parts.bus.serial.close();
     }
 
+    fn want_paused(&self) -> Result<(), VmmError> {
+        match self.is_paused() {
+            true => Ok(()),
+            false => Err(VmmError::WrongState("running")),
+        }
+    }
+
     fn dirty(&self) -> MutexGuard<'_, DirtyLog> {
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Parts {
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_content(&self, content: Content) {
+        *self.content() = content;
+    }
+
+    fn want_guest(&self) -> Result<(), VmmError> {
+        match *self.content() {
+            Content::Guest => Ok(()),
+            Content::Importing => Err(VmmError::WrongState("being imported")),
+            Content::Empty => Err(VmmError::WrongState("empty")),
+        }
+    }
+
+    /// Only an empty machine is imported into; an import that failed leaves it empty.
+    fn begin_import(&self) -> Result<(), VmmError> {
+        let mut content = self.content();
+        match *content {
+            Content::Empty => {
+                *content = Content::Importing;
+                Ok(())
+            }
+            Content::Importing => Err(VmmError::WrongState("being imported")),
+            Content::Guest => Err(VmmError::WrongState("not empty")),
+        }
     }
 }
 
@@ -367,45 +399,6 @@ fn import(parts: &Parts, state: &[u8], vcpus: u32, khz: u32, fault: &FaultPoint)
     fault.at("clock")?;
     let here = clock::restore(&parts.vm, &state.clock)?;
     Ok((state.vcpus, clock::tsc_rule(&state.clock, &here, khz)))
-}
-
-/// Where an import fails on purpose; nowhere in builds without the feature `fault-points`.
-#[derive(Clone, Debug, Default)]
-struct FaultPoint {
-    #[cfg(feature = "fault-points")]
-    section: Option<String>,
-    trap: FaultTrap,
-}
-
-#[cfg(feature = "fault-points")]
-impl FaultPoint {
-    fn of(local: &LocalConfig) -> Self {
-        let text = local.fault.clone().or_else(|| std::env::var("VMFERRY_FAULT_POINT").ok());
-        let text = text.unwrap_or_default();
-        let point = text
-            .strip_prefix("vcpu:")
-            .and_then(|rest| rest.split_once(':'))
-            .and_then(|(number, group)| Some((number.parse().ok()?, group.to_lowercase())));
-        Self { section: text.strip_prefix("import:").map(Into::into), trap: FaultTrap { point } }
-    }
-
-    fn at(&self, section: &str) -> Result<(), VmmError> {
-        match self.section.as_deref() == Some(section) {
-            true => Err(VmmError::FaultPoint(section.into())),
-            false => Ok(()),
-        }
-    }
-}
-
-#[cfg(not(feature = "fault-points"))]
-impl FaultPoint {
-    fn of(_: &LocalConfig) -> Self {
-        Self::default()
-    }
-
-    fn at(&self, _: &str) -> Result<(), VmmError> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

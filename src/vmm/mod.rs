@@ -4,9 +4,11 @@
 //! is asked for (`request_…`) and answered by a [`Notice`].
 
 pub mod boot;
+mod config;
 pub mod devices;
 mod dirty;
 mod error;
+mod fault;
 mod host;
 mod machine;
 pub mod memory;
@@ -18,10 +20,11 @@ mod vcpu;
 mod x86;
 
 pub use boot::KernelSource;
+pub use config::{LocalConfig, MachineConfig};
 pub use devices::SerialBackend;
 pub use error::{PrepareError, VmmError};
 pub use host::{HostAbilities, open_kvm};
-pub use machine::{LocalConfig, Machine, MachineConfig};
+pub use machine::Machine;
 pub use memory::GuestRam;
 pub use notice::{GuestExit, Notice, NoticeReceiver, NoticeSender, SyncTimes};
 pub use preflight::problems;

@@ -61,7 +61,10 @@ impl VcpuThread {
         loop {
             match self.next_order() {
                 Order::Run => {
-                    if let Some(exit) = self.run() {
+                    let ended = guard.allow().map(|()| self.run());
+                    let ended = guard.forbid().and(ended);
+                    let failed = |e| Some(GuestExit::Error(format!("vCPU {}: {e}", self.number)));
+                    if let Some(exit) = ended.unwrap_or_else(failed) {
                         self.common.end(exit);
                     }
                 }
