@@ -1,1 +1,5 @@
-fn main() {}
+//! Takes a microVM in from another host.
+
+fn main() -> std::process::ExitCode {
+    vmferry::cli::vmrecv::main()
+}

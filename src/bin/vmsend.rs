@@ -1,1 +1,5 @@
-fn main() {}
+//! Moves a running microVM to another host.
+
+fn main() -> std::process::ExitCode {
+    vmferry::cli::vmsend::main()
+}

@@ -4,6 +4,9 @@
 pub mod exit;
 pub mod log;
 pub mod output;
+pub mod progress;
 pub mod units;
 pub mod vmctl;
+pub mod vmrecv;
 pub mod vmrun;
+pub mod vmsend;

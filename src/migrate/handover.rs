@@ -224,7 +224,7 @@ impl<'m, 'a> Handover<'m, 'a> {
                 self.reconnect(None)?;
             }
             SourceAction::RefuseCancel => {
-                self.migration.settings.forget_cancel();
+                self.migration.settings.refuse_cancel();
                 let text = "too late to cancel: the guest is committed to the destination; going on until it is settled";
                 self.migration.observer.note(text);
             }
@@ -332,7 +332,7 @@ impl<'m, 'a> Handover<'m, 'a> {
         let until = Instant::now() + backoff;
         while Instant::now() < until {
             std::thread::sleep(TICK.min(until.saturating_duration_since(Instant::now())));
-            if self.migration.settings.forget_cancel().is_some() {
+            if self.migration.settings.refuse_cancel().is_some() {
                 self.migration.observer.note(
                     "too late to cancel: the destination may run the guest; trying to reach it \
                      (vmctl resume --force --peer-fenced on the source's vmrun ends this)",

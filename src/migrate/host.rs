@@ -114,6 +114,10 @@ fn spawn(options: &HostOptions) -> Result<Child, MigrateError> {
     command.arg("--incoming").arg("--control").arg(&options.control).arg("--serial").arg(&options.serial);
     // It outlives us, also when a terminal's Ctrl-C reaches our process group.
     command.process_group(0).stdin(Stdio::null());
+    if options.serial != "stdio" {
+        // Our standard output may be the stream.
+        command.stdout(Stdio::null());
+    }
     command.spawn().map_err(|e| failed(format!("cannot start {}: {e}", program.display())))
 }
 

@@ -116,7 +116,7 @@ impl Door {
                 Ok(Some(stream)) => stream,
                 Ok(None) => continue,
                 Err(error) => {
-                    if !self.listener.takes_many() {
+                    if !self.listener.takes_many() || self.shut.load(Ordering::Acquire) {
                         return;
                     }
                     tracing::warn!("{error}");

@@ -20,6 +20,7 @@ pub mod pump;
 pub mod queue;
 pub mod ram;
 pub mod report;
+pub mod service;
 pub mod settings;
 pub mod source;
 pub mod source_vm;

@@ -19,7 +19,7 @@ pub enum Side {
     Link,
 }
 
-/// Who has the guest after a mover has ended. Each value is an exit code (see `cli::exit`).
+/// Who has the guest after a mover has ended. Each value has its exit code (`cli::exit`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ending {
@@ -44,7 +44,7 @@ pub enum Ending {
 }
 
 /// A migration that did not move the guest.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
 pub struct MigrateError {
     /// Who has the guest.
     pub ending: Ending,

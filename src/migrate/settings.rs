@@ -21,6 +21,7 @@ struct Live {
     policy: Policy,
     bandwidth_limit: u64,
     cancelled: bool,
+    refused_cancels: u64,
     want_back: bool,
 }
 
@@ -36,7 +37,7 @@ pub enum Stop {
 impl Settings {
     /// `bandwidth_limit` in bytes per second over all channels, 0 for none.
     pub fn new(policy: Policy, bandwidth_limit: u64) -> Self {
-        let live = Live { policy, bandwidth_limit, cancelled: false, want_back: false };
+        let live = Live { policy, bandwidth_limit, cancelled: false, refused_cancels: 0, want_back: false };
         Self { live: Arc::new(Mutex::new(live)), signal: Arc::default() }
     }
 
@@ -83,12 +84,19 @@ impl Settings {
         }
     }
 
-    /// Takes a wish to stop back, after it was refused.
-    pub fn forget_cancel(&self) -> Option<Stop> {
+    /// Takes a wish to stop back, since it is too late for it.
+    pub fn refuse_cancel(&self) -> Option<Stop> {
         let was = self.cancelled();
         self.signal.store(0, Ordering::Relaxed);
-        self.lock().cancelled = false;
+        let mut live = self.lock();
+        live.cancelled = false;
+        live.refused_cancels += u64::from(was.is_some());
         was
+    }
+
+    /// How often a wish to stop came too late.
+    pub fn refused_cancels(&self) -> u64 {
+        self.lock().refused_cancels
     }
 
     /// What the control socket tells of the settings.

@@ -58,14 +58,14 @@ impl Service {
         }
     }
 
+    /// From any connection that names the attempt: it may take long, and the receiver's own has to
+    /// stay free for a revoke meanwhile.
     pub(super) fn import(
         &mut self,
-        from: ConnectionId,
         attempt: Attempt,
         bytes: u64,
         fds: Vec<OwnedFd>,
     ) -> Handled {
-        self.alone(from)?;
         let loading = matches!(self.ownership, Ownership::Loading { .. });
         if !loading {
             return Err(Failure::refused(format!("the import is refused: this vmrun {}", self.ownership)));

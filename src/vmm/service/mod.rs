@@ -249,7 +249,7 @@ impl Service {
             Request::Release { attempt, keep } => self.release(from, attempt, keep),
             Request::Quit { force } => self.quit(from, force),
             Request::Prepare { attempt, machine, remap } => self.prepare(from, attempt, &machine, remap),
-            Request::Import { attempt, bytes } => self.import(from, attempt, bytes, fds),
+            Request::Import { attempt, bytes } => self.import(attempt, bytes, fds),
             Request::Promise { attempt } => self.promise(from, attempt),
             Request::Run { attempt } => self.run_here(from, attempt),
             Request::Revoke { attempt } => self.revoke(from, attempt),

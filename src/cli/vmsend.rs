@@ -1,0 +1,266 @@
+//! The command line of `vmsend`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+
+use crate::migrate::convergence::{OnTimeout, Policy};
+use crate::migrate::options::SendOptions;
+use crate::migrate::outcome::{Ending, MigrateError, Side, Summary};
+use crate::migrate::service::MoverService;
+use crate::migrate::settings::Settings;
+use crate::migrate::{handover, source};
+use crate::transport::{Address, needs_insecure};
+
+use super::exit::{self, Exit};
+use super::log::{self, LogLevel};
+use super::output::complain;
+use super::progress::{Display, size};
+use super::units::{Rate, duration};
+
+/// Moves a running microVM to another host.
+#[derive(Clone, Debug, Parser)]
+#[command(name = NAME, version, about, long_about = LONG_ABOUT, after_long_help = after_help())]
+pub struct Args {
+    /// Control socket of the vmrun that has the guest
+    #[arg(long, value_name = "SOCK")]
+    pub vm: PathBuf,
+
+    /// Where the guest goes: tcp:HOST:PORT, unix:PATH, exec:COMMAND or -
+    ///
+    /// A vmrecv waits there. `exec:` runs a command with sh and speaks with it through its standard
+    /// input and output, as in exec:'ssh hostb vmrecv --control /run/vm.sock -'; `-` is this
+    /// program's own standard input and output.
+    #[arg(value_name = "DEST", required_unless_present = "resume", conflicts_with = "resume")]
+    pub dest: Option<Address>,
+
+    /// The longest the guest may stand still
+    ///
+    /// Passes are made until the expected downtime is below this, and on as long as each pass
+    /// clearly shortens it.
+    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = duration)]
+    pub downtime: Duration,
+
+    /// After this long, do what --on-timeout says
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub timeout: Option<Duration>,
+
+    /// After this many passes, do what --on-timeout says
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_passes: Option<u32>,
+
+    /// What to do when the downtime is not reached
+    ///
+    /// This also decides when passes bring no improvement any more.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel")]
+    pub on_timeout: OnTimeoutArg,
+
+    /// The most to send, in bytes a second (100M, 1G) or bits (800Mbit); 0 for no limit
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    pub bwlimit: Rate,
+
+    /// Connections that carry pages
+    ///
+    /// Only tcp: and unix: can have more than one; the others carry pages on their one connection.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub channels: u32,
+
+    /// Compare digests of all RAM before the switchover
+    ///
+    /// The guest stands still meanwhile: about a second for each 2 GiB in use.
+    #[arg(long)]
+    pub verify: bool,
+
+    /// Leave the source's vmrun behind, paused, instead of ending it
+    #[arg(long)]
+    pub keep_source: bool,
+
+    /// Send guest memory beyond loopback without encryption or authentication
+    #[arg(long)]
+    pub insecure: bool,
+
+    /// How long a silence of the other side counts as its death
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub peer_timeout: Duration,
+
+    /// How long connecting may take
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub connect_timeout: Duration,
+
+    /// How long to try to reach a destination that may have taken the guest over
+    ///
+    /// Only between the commitment and its confirmation. When it is over both sides still hold
+    /// still, the exit code is 7, and --resume tries again.
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
+    pub recover_timeout: Duration,
+
+    /// Go on with a migration whose vmsend was killed after the guest was committed
+    #[arg(long)]
+    pub resume: bool,
+
+    /// With --resume: ask the destination to give the guest back if it has not run it
+    #[arg(long, requires = "resume")]
+    pub revoke: bool,
+
+    /// A control socket of our own, for vmctl: progress, cancel, switch-now, set
+    #[arg(long, value_name = "SOCK")]
+    pub control: Option<PathBuf>,
+
+    /// One JSON object a line on standard output, the result last
+    #[arg(long)]
+    pub json: bool,
+
+    /// No progress line and no summary; errors only
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// What to tell on standard error beside that
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
+    pub log: LogLevel,
+}
+
+/// `--on-timeout`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnTimeoutArg {
+    /// Give up; the guest goes on at the source (exit code 4)
+    Cancel,
+    /// Switch over all the same, whatever the downtime
+    Force,
+}
+
+const NAME: &str = "vmsend";
+
+const LONG_ABOUT: &str = "\
+Moves a running microVM to another host.
+
+RAM is sent while the guest runs, then again what the guest has dirtied meanwhile, until what is
+left can be sent within --downtime. Then the guest is paused, the rest and the state of its devices
+and vCPUs follow, and the destination restores all of it before it acknowledges. Only then is the
+guest committed, and only then does the destination let it run. Whatever fails before, the guest
+goes on at the source; whatever fails after, at no time do two copies run.";
+
+fn after_help() -> String {
+    format!(
+        "\
+EXAMPLES
+  vmsend --vm /run/vm.sock tcp:127.0.0.1:7070
+  vmsend --vm /run/vm.sock --insecure --downtime 50ms --bwlimit 200M tcp:hostb:7070
+  vmsend --vm /run/vm.sock exec:'ssh hostb vmrecv --control /run/vm.sock -'
+  vmsend --vm /run/vm.sock --resume
+
+EXIT CODES
+{}
+SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are refused
+with a message.
+
+FILES
+  SOCK.session.json  beside vmrun's control socket: the record of who owns the guest, kept as long
+                     as it is committed to, or acknowledged by, another host",
+        exit::table(exit::MOVER_CODES)
+    )
+}
+
+impl Args {
+    fn options(&self) -> SendOptions {
+        SendOptions {
+            vm: self.vm.clone(),
+            dest: self.dest.clone().unwrap_or(Address::Stdio),
+            channels: self.channels,
+            verify: self.verify,
+            keep_source: self.keep_source,
+            peer_timeout: self.peer_timeout,
+            connect_timeout: self.connect_timeout,
+            recover_timeout: self.recover_timeout,
+            policy: Policy {
+                downtime: self.downtime,
+                timeout: self.timeout,
+                max_passes: self.max_passes,
+                on_timeout: match self.on_timeout {
+                    OnTimeoutArg::Cancel => OnTimeout::Cancel,
+                    OnTimeoutArg::Force => OnTimeout::Force,
+                },
+                switch_now: false,
+            },
+            bandwidth_limit: self.bwlimit.0,
+        }
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    log::start(args.log);
+    let dest = args.dest.as_ref();
+    if let Some(why) = dest.and_then(needs_insecure).filter(|_| !args.insecure) {
+        complain(NAME, why);
+        return Exit::Usage.into();
+    }
+    if args.json && dest == Some(&Address::Stdio) {
+        complain(NAME, "--json and the stream cannot both have standard output");
+        return Exit::Usage.into();
+    }
+    let options = args.options();
+    let settings = Settings::new(options.policy, options.bandwidth_limit);
+    let mut display = Display::new(NAME, args.quiet, args.json);
+    let exit = match send(&args, &options, &settings, &mut display) {
+        Ok(summary) => {
+            display.done(&summary, &summary_text(&summary));
+            Exit::Done
+        }
+        Err(error) => display.failed(&error),
+    };
+    exit.into()
+}
+
+fn send(args: &Args, options: &SendOptions, settings: &Settings, display: &mut Display) -> Result<Summary, MigrateError> {
+    let here = |e: String| MigrateError::new(Ending::Failed, Side::Source, e);
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_usize(signal, settings.signal_slot(), signal as usize).map_err(|e| here(e.to_string()))?;
+    }
+    if args.revoke {
+        settings.want_back();
+    }
+    let service = match &args.control {
+        Some(path) => Some(MoverService::start(path, settings.clone(), display.board()).map_err(|e| here(e.to_string()))?),
+        None => None,
+    };
+    let result = match args.resume {
+        true => handover::resume(options, settings.clone(), display),
+        false => source::send(options, settings.clone(), display),
+    };
+    if let Some(service) = service {
+        let source_has_it = matches!(&result, Err(e) if !matches!(e.ending, Ending::Unknown | Ending::Resumable | Ending::Lost));
+        service.end(source_has_it);
+    }
+    result
+}
+
+/// The closing summary for people.
+fn summary_text(s: &Summary) -> String {
+    let d = &s.downtime;
+    format!(
+        "moved in {:.2} s: {} passes, {} on the wire over {} channel{}, {} data pages, {} zero pages of {} RAM\n\
+         downtime {:.1} ms: pause {:.1}, export {:.1}, last pass {:.1}, verify {:.1}, import {:.1}, synchronise {:.1}, \
+         ready {:.1}, fence {:.1}, run {:.1}",
+        s.total_ms / 1e3,
+        s.passes,
+        size(s.wire_bytes),
+        s.channels.max(1),
+        if s.channels > 1 { "s" } else { "" },
+        s.data_pages,
+        s.zero_pages,
+        size(s.memory_bytes),
+        d.total_ms,
+        d.pause_ms,
+        d.export_ms,
+        d.last_pass_ms,
+        d.verify_ms,
+        d.import_ms,
+        d.sync_ms,
+        d.ready_ms,
+        d.fence_ms,
+        d.run_ms,
+    )
+}
