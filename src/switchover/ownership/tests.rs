@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-type Change = dyn Fn(&mut Ownership) -> Result<(), Refusal>;
+type Change<'a> = dyn Fn(&mut Ownership) -> Result<(), Refusal> + 'a;
 
 const A: SessionId = SessionId([0xa; 16]);
 const B: SessionId = SessionId([0xb; 16]);
@@ -59,7 +59,7 @@ fn every_change_in_every_state() {
     let (here, old, other) = (at(A, 5), at(A, 4), at(B, 5));
     let word = |force, peer_fenced| OperatorWord { force, peer_fenced };
     // Empty, Empty{refused}, Loading, InDoubt, Sole, Sole{arrived}, Sole{sending}, Committed, Released
-    let table: &[(&str, &str, &Change)] = &[
+    let table: &[(&str, &str, &Change<'_>)] = &[
         ("attach", "----SSS--", &|o| o.attach(B).map(drop)),
         ("reattach", "------SC-", &|o| o.reattach().map(drop)),
         ("fence", "------C=-", &|o| o.fence(here, "d")),
