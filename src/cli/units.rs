@@ -82,7 +82,7 @@ impl fmt::Display for Size {
         for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
             if self.0 >= 1 << shift {
                 let value = self.0 as f64 / (1u64 << shift) as f64;
-                let digits = usize::from(self.0 % (1 << shift) != 0);
+                let digits = usize::from(!self.0.is_multiple_of(1 << shift));
                 return write!(f, "{value:.digits$}{unit}");
             }
         }

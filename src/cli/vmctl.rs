@@ -268,7 +268,7 @@ impl Show {
         self.either(machine, || {
             let memory = Size(machine.ram.total_bytes());
             let mut text =
-                format!("{} ({})\n  {} vCPUs, {memory} memory", machine.name, machine.uuid, machine.vcpus);
+                format!("{} ({})\n  vCPUs: {}, memory: {memory}", machine.name, machine.uuid, machine.vcpus);
             text += &format!(
                 "\n  TSC {} kHz, {} MSRs, {} CPUID entries",
                 machine.tsc.khz,

@@ -387,3 +387,6 @@ impl TryFrom<String> for SessionId {
         Ok(Self(id))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -60,12 +60,7 @@ impl Service {
 
     /// From any connection that names the attempt: it may take long, and the receiver's own has to
     /// stay free for a revoke meanwhile.
-    pub(super) fn import(
-        &mut self,
-        attempt: Attempt,
-        bytes: u64,
-        fds: Vec<OwnedFd>,
-    ) -> Handled {
+    pub(super) fn import(&mut self, attempt: Attempt, bytes: u64, fds: Vec<OwnedFd>) -> Handled {
         let loading = matches!(self.ownership, Ownership::Loading { .. });
         if !loading {
             return Err(Failure::refused(format!("the import is refused: this vmrun {}", self.ownership)));

@@ -1,0 +1,14 @@
+//! The control socket of real `vmrun` processes with real guests.
+//!
+//! Without /dev/kvm the tests that need a guest say so and pass, unless REQUIRE_KVM=1.
+
+#[path = "control/guest.rs"]
+mod guest;
+#[path = "control/host.rs"]
+mod host;
+#[path = "control/incoming.rs"]
+mod incoming;
+#[path = "control/leases.rs"]
+mod leases;
+#[path = "control/socket.rs"]
+mod socket;
