@@ -27,36 +27,20 @@ fn main() {
     ];
     let script = ["-Wl,-T,guest/guest.ld", "-Wl,--defsym=GUEST_BASE=0x100000"];
     let sources = ["guest/heartbeat.S", "guest/heartbeat.c"];
-    compile(
-        &out.join("heartbeat.elf"),
-        &[&c_flags[..], &script[..], &sources[..]].concat(),
-    );
-    compile(
-        &out.join("other.elf"),
-        &["-Wl,-Ttext-segment=0x400000", "tests/guests/other.S"],
-    );
+    compile(&out.join("heartbeat.elf"), &[&c_flags[..], &script[..], &sources[..]].concat());
+    compile(&out.join("other.elf"), &["-Wl,-Ttext-segment=0x400000", "tests/guests/other.S"]);
 }
 
 /// Compiles and links one guest; stops the build with the compiler's own words when that fails.
 fn compile(output: &Path, arguments: &[&str]) {
-    let default = if cfg!(target_arch = "x86_64") {
-        "gcc"
-    } else {
-        "x86_64-linux-gnu-gcc"
-    };
+    let default = if cfg!(target_arch = "x86_64") { "gcc" } else { "x86_64-linux-gnu-gcc" };
     let cc = env::var("CC").ok().filter(|cc| !cc.trim().is_empty());
     let cc = cc.unwrap_or_else(|| default.to_owned());
     let mut words = cc.split_whitespace(); // as in CC="ccache gcc"
     let result = Command::new(words.next().expect("CC is not empty"))
         .args(words)
         // No build id: the PVH note has to be the only one.
-        .args([
-            "-nostdlib",
-            "-static",
-            "-no-pie",
-            "-Wl,--build-id=none",
-            "-Wl,-z,noexecstack",
-        ])
+        .args(["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack"])
         .args(arguments)
         .arg("-o")
         .arg(output)

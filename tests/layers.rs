@@ -39,12 +39,15 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
 
 /// The modules that `text` names as `crate::NAME` or within `use crate::{NAME…, NAME…}`.
 fn uses(text: &str) -> Vec<String> {
-    let code: String = text.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let code: String =
+        text.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
     let mut names = Vec::new();
     for (at, _) in code.match_indices("crate::") {
         let rest = &code[at + "crate::".len()..];
         match rest.strip_prefix('{') {
-            None => names.push(rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_owned()),
+            None => {
+                names.push(rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_owned())
+            }
             Some(list) => {
                 let mut depth = 0;
                 let mut name = String::new();
@@ -62,7 +65,11 @@ fn uses(text: &str) -> Vec<String> {
             }
         }
     }
-    names.into_iter().map(|n| n.split(':').next().unwrap_or_default().to_owned()).filter(|n| !n.is_empty()).collect()
+    names
+        .into_iter()
+        .map(|n| n.split(':').next().unwrap_or_default().to_owned())
+        .filter(|n| !n.is_empty())
+        .collect()
 }
 
 #[test]

@@ -116,7 +116,9 @@ FILES
 
 fn remap(text: &str) -> Result<Remap, String> {
     match text.split_once('=') {
-        Some((id, value)) if !id.is_empty() && !value.is_empty() => Ok(Remap { id: id.to_owned(), value: value.to_owned() }),
+        Some((id, value)) if !id.is_empty() && !value.is_empty() => {
+            Ok(Remap { id: id.to_owned(), value: value.to_owned() })
+        }
         _ => Err("ID=VALUE is wanted".to_owned()),
     }
 }

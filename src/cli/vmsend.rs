@@ -214,16 +214,24 @@ pub fn main() -> ExitCode {
     exit.into()
 }
 
-fn send(args: &Args, options: &SendOptions, settings: &Settings, display: &mut Display) -> Result<Summary, MigrateError> {
+fn send(
+    args: &Args,
+    options: &SendOptions,
+    settings: &Settings,
+    display: &mut Display,
+) -> Result<Summary, MigrateError> {
     let here = |e: String| MigrateError::new(Ending::Failed, Side::Source, e);
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_usize(signal, settings.signal_slot(), signal as usize).map_err(|e| here(e.to_string()))?;
+        signal_hook::flag::register_usize(signal, settings.signal_slot(), signal as usize)
+            .map_err(|e| here(e.to_string()))?;
     }
     if args.revoke {
         settings.want_back();
     }
     let service = match &args.control {
-        Some(path) => Some(MoverService::start(path, settings.clone(), display.board()).map_err(|e| here(e.to_string()))?),
+        Some(path) => Some(
+            MoverService::start(path, settings.clone(), display.board()).map_err(|e| here(e.to_string()))?,
+        ),
         None => None,
     };
     let result = match args.resume {

@@ -33,7 +33,7 @@ impl PageSet {
     /// Takes bits `0..capacity` of `words`; missing words count as zero, bits beyond are dropped.
     pub fn from_words(mut words: Vec<u64>, capacity: u64) -> Self {
         words.resize(capacity.div_ceil(64) as usize, 0);
-        if capacity % 64 != 0
+        if !capacity.is_multiple_of(64)
             && let Some(last) = words.last_mut()
         {
             *last &= (1 << (capacity % 64)) - 1;

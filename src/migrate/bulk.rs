@@ -40,7 +40,10 @@ impl Views {
     /// Maps every region of `ram`.
     pub fn new(ram: Ram) -> io::Result<Self> {
         let regions = ram.map().regions().iter();
-        let views = regions.zip(ram.files()).map(|(r, file)| RamView::new(file, r.bytes)).collect::<io::Result<_>>()?;
+        let views = regions
+            .zip(ram.files())
+            .map(|(r, file)| RamView::new(file, r.bytes))
+            .collect::<io::Result<_>>()?;
         Ok(Self { ram, views })
     }
 
@@ -51,8 +54,14 @@ impl Views {
 
     /// Splits `run` into zero pages and pages with content, as they are at this moment, and adds
     /// them to the frame: runs to `table`, content to `data`.
-    fn classify<'a>(&'a self, run: PageRun, table: &mut RunTable, data: &mut Vec<IoSlice<'a>>) -> io::Result<()> {
-        let past_the_end = || io::Error::new(io::ErrorKind::InvalidInput, "a run of pages beyond the RAM map");
+    fn classify<'a>(
+        &'a self,
+        run: PageRun,
+        table: &mut RunTable,
+        data: &mut Vec<IoSlice<'a>>,
+    ) -> io::Result<()> {
+        let past_the_end =
+            || io::Error::new(io::ErrorKind::InvalidInput, "a run of pages beyond the RAM map");
         let mut rest = run;
         while rest.pages > 0 {
             let span = self.ram.span(rest).ok_or_else(past_the_end)?;
@@ -136,7 +145,10 @@ fn send_chunk(
             let pages = rest.pages.min(u64::from(u32::MAX)) as u32;
             let zero = Run { first: rest.first, pages, kind: RunKind::Zero };
             table.push(zero).map_err(io::Error::other)?;
-            rest = PageRun { first: PageIndex(rest.first.0 + u64::from(pages)), pages: rest.pages - u64::from(pages) };
+            rest = PageRun {
+                first: PageIndex(rest.first.0 + u64::from(pages)),
+                pages: rest.pages - u64::from(pages),
+            };
         }
     }
     if table.is_empty() {

@@ -16,9 +16,9 @@ use crate::switchover::{Attempt, DestAction, DestInput, DestStep};
 use crate::transport::{Channel, Sender};
 use crate::wire::{self, Message, Refused, RefusedCode, ResumePhase, Supported};
 
-use super::options::{Arrived, ReceiveOptions};
 use super::host::{self, Host};
 use super::intake::{Caller, Intake, Opening};
+use super::options::{Arrived, ReceiveOptions};
 use super::outcome::{Ending, MigrateError, Side, ms};
 use super::placer::Placer;
 use super::pump::{self, Brought, PlacerSlot};
@@ -54,7 +54,8 @@ pub fn receive(
     let (events, inbox) = channel();
     let mut host = Host::open(&options.host)?;
     host.check_empty()?;
-    let intake = Intake::open(options, events.clone()).map_err(|e| failed(format!("{}: {e}", options.listen)))?;
+    let intake =
+        Intake::open(options, events.clone()).map_err(|e| failed(format!("{}: {e}", options.listen)))?;
     observer.note(&format!("waiting for a machine at {}", intake.address()));
     loop {
         let mut attempt = Arrival::new(options, signal, &mut host, &events, &inbox, observer);
@@ -62,9 +63,13 @@ pub fn receive(
             Ok(arrived) => return Ok(arrived),
             Err(error) => error,
         };
-        let waits_on = !intake.is_single() && matches!(error.ending, Ending::PeerFailed | Ending::Unsuitable | Ending::Failed);
+        let waits_on = !intake.is_single()
+            && matches!(error.ending, Ending::PeerFailed | Ending::Unsuitable | Ending::Failed);
         if !waits_on {
-            if matches!(error.ending, Ending::PeerFailed | Ending::Unsuitable | Ending::Failed | Ending::Signalled(_)) {
+            if matches!(
+                error.ending,
+                Ending::PeerFailed | Ending::Unsuitable | Ending::Failed | Ending::Signalled(_)
+            ) {
                 host.close();
             }
             return Err(error);
@@ -129,7 +134,17 @@ impl<'a> Arrival<'a> {
         inbox: &'a EventReceiver<Event>,
         observer: &'a mut dyn Observer,
     ) -> Self {
-        Self { options, signal, host, events, inbox, observer, step: DestStep::Loading, session: None, started: Instant::now() }
+        Self {
+            options,
+            signal,
+            host,
+            events,
+            inbox,
+            observer,
+            step: DestStep::Loading,
+            session: None,
+            started: Instant::now(),
+        }
     }
 
     /// Waits for events until the guest is here for good, or the attempt is over.
@@ -142,7 +157,9 @@ impl<'a> Arrival<'a> {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(failed("the receiver's own threads are gone")),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("the receiver's own threads are gone"));
+                }
             }
             if let Some(arrived) = self.look_after()? {
                 return Ok(arrived);
@@ -218,7 +235,7 @@ impl<'a> Arrival<'a> {
             Ok(agreed) => agreed,
             Err(refused) => {
                 self.observer.note(&format!("refused {}: {refused}", hello.host));
-                    let _ = channel.send(&Message::Refused(refused));
+                let _ = channel.send(&Message::Refused(refused));
                 return Ok(());
             }
         };
@@ -257,10 +274,16 @@ impl<'a> Arrival<'a> {
     }
 
     /// HELLO of our own session on a new connection: older ones are stale from here on.
-    fn come_back(&mut self, attempt: Attempt, hello: &wire::Hello, channel: Channel) -> Result<(), MigrateError> {
+    fn come_back(
+        &mut self,
+        attempt: Attempt,
+        hello: &wire::Hello,
+        channel: Channel,
+    ) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
         if attempt.epoch <= session.attempt.epoch {
-            let message = format!("epoch {} is stale, {} has been seen", attempt.epoch, session.attempt.epoch);
+            let message =
+                format!("epoch {} is stale, {} has been seen", attempt.epoch, session.attempt.epoch);
             refuse(channel, RefusedCode::Stale, &message);
             return Ok(());
         }
@@ -286,7 +309,12 @@ impl<'a> Arrival<'a> {
     }
 
     /// Answers HELLO and lets a pump read the channel from here on.
-    fn connect_main(&mut self, attempt: Attempt, channel: Channel, ack: wire::HelloAck) -> Result<(), MigrateError> {
+    fn connect_main(
+        &mut self,
+        attempt: Attempt,
+        channel: Channel,
+        ack: wire::HelloAck,
+    ) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let (line, receiver) = MainLine::start(channel, self.options.peer_timeout).map_err(failed)?;
         let placer = session.placer.clone();
@@ -302,7 +330,8 @@ impl<'a> Arrival<'a> {
         let expected = self.session.as_ref().is_some_and(|s| {
             s.attempt == attempt && (1..=s.hello.channels).contains(&index) && !s.bulk.contains_key(&index)
         });
-        let Some(session) = self.session.as_mut().filter(|_| expected && self.step == DestStep::Loading) else {
+        let Some(session) = self.session.as_mut().filter(|_| expected && self.step == DestStep::Loading)
+        else {
             refuse(channel, RefusedCode::Session, "no such channel is expected here");
             return Ok(());
         };
@@ -317,7 +346,9 @@ impl<'a> Arrival<'a> {
 
     fn on_message(&mut self, message: Message) -> Result<Option<Arrived>, MigrateError> {
         match message {
-            Message::Machine(body) if self.step == DestStep::Loading => self.make_machine(&body).map(|()| None),
+            Message::Machine(body) if self.step == DestStep::Loading => {
+                self.make_machine(&body).map(|()| None)
+            }
             Message::Barrier { pass } => self.on_barrier(pass).map(|()| None),
             Message::State(bytes) if self.step == DestStep::Loading => {
                 if let Some(session) = &mut self.session {
@@ -382,13 +413,20 @@ impl<'a> Arrival<'a> {
         }
         session.barriers.remove(&pass);
         let (data, zero) = session.machine().map(Placer::counts).unwrap_or_default();
-        self.say(&Message::PassDone(wire::PassDone { pass, pages_placed: data + zero, bytes: data * 4096, elapsed_us: 0 }))
+        self.say(&Message::PassDone(wire::PassDone {
+            pass,
+            pages_placed: data + zero,
+            bytes: data * 4096,
+            elapsed_us: 0,
+        }))
     }
 
     /// Everything is here: counts and digest are compared, then the import starts.
     fn on_end(&mut self, end: &wire::End) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let (Some(placer), Some(state)) = (session.placer.get().and_then(Option::as_ref), session.state.take()) else {
+        let (Some(placer), Some(state)) =
+            (session.placer.get().and_then(Option::as_ref), session.state.take())
+        else {
             return self.fail("END before the machine and its state");
         };
         let counts = placer.counts();
@@ -406,7 +444,10 @@ impl<'a> Arrival<'a> {
         if let Some(theirs) = &end.digest {
             match placer.ram().digest() {
                 Ok(ours) if ours == *theirs => session.digest = Some(ours),
-                Ok(ours) => return self.fail(format!("the digests of RAM differ: source {theirs}, destination {ours}")),
+                Ok(ours) => {
+                    return self
+                        .fail(format!("the digests of RAM differ: source {theirs}, destination {ours}"));
+                }
                 Err(error) => return self.fail(error),
             }
         }
@@ -427,7 +468,8 @@ impl<'a> Arrival<'a> {
             Ok(imported) => {
                 if let Some(session) = &mut self.session {
                     let digest = session.digest.clone();
-                    session.ready = wire::Ready { import_us: imported.import_us, sync_us: imported.sync_us, digest };
+                    session.ready =
+                        wire::Ready { import_us: imported.import_us, sync_us: imported.sync_us, digest };
                 }
                 self.input(DestInput::Loaded)
             }
@@ -446,7 +488,8 @@ impl<'a> Arrival<'a> {
         self.input(DestInput::LinkLost)?;
         match self.step {
             DestStep::InDoubt | DestStep::Running => {
-                self.observer.note(&format!("the connection is lost ({why}); waiting for the source to come back"));
+                self.observer
+                    .note(&format!("the connection is lost ({why}); waiting for the source to come back"));
                 Ok(())
             }
             _ => Err(MigrateError::new(Ending::PeerFailed, Side::Link, why)),
@@ -456,7 +499,9 @@ impl<'a> Arrival<'a> {
     /// A bulk channel is gone: of no account once everything has come.
     fn on_bulk_lost(&mut self, why: &str) -> Result<(), MigrateError> {
         match self.step {
-            DestStep::Loading if self.session.as_ref().is_some_and(|s| s.state.is_some() || s.digest.is_none()) => {
+            DestStep::Loading
+                if self.session.as_ref().is_some_and(|s| s.state.is_some() || s.digest.is_none()) =>
+            {
                 self.on_lost(why)
             }
             _ => Ok(()),
@@ -472,7 +517,11 @@ impl<'a> Arrival<'a> {
             DestStep::Running => Ok(()),
             _ => {
                 let _ = self.fail(format!("stopped by signal {signal}"));
-                Err(MigrateError::new(Ending::Signalled(signal), Side::Destination, format!("stopped by signal {signal}")))
+                Err(MigrateError::new(
+                    Ending::Signalled(signal),
+                    Side::Destination,
+                    format!("stopped by signal {signal}"),
+                ))
             }
         }
     }
@@ -541,7 +590,11 @@ impl<'a> Arrival<'a> {
         self.step = next;
         if next == DestStep::Refused && self.session.is_some() {
             self.drop_session();
-            return Err(MigrateError::new(Ending::PeerFailed, Side::Source, "the source has taken the guest back"));
+            return Err(MigrateError::new(
+                Ending::PeerFailed,
+                Side::Source,
+                "the source has taken the guest back",
+            ));
         }
         Ok(())
     }
@@ -550,12 +603,10 @@ impl<'a> Arrival<'a> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let attempt = session.attempt;
         match action {
-            DestAction::Promise => {
-                match self.host.client.promise(attempt) {
-                    Ok(_) => Ok(()),
-                    Err(error) => self.fail(error),
-                }
-            }
+            DestAction::Promise => match self.host.client.promise(attempt) {
+                Ok(_) => Ok(()),
+                Err(error) => self.fail(error),
+            },
             DestAction::SendReady => {
                 let ready = Message::Ready(session.ready.clone());
                 self.say(&ready)
@@ -618,7 +669,8 @@ impl<'a> Arrival<'a> {
             if done.is_some()
                 && let Some(main) = &session.main
             {
-                let ours = wire::Done { pages: counts.0, zero_pages: counts.1, digest: session.digest.clone() };
+                let ours =
+                    wire::Done { pages: counts.0, zero_pages: counts.1, digest: session.digest.clone() };
                 let _ = main.send(&Message::Done(ours));
                 main.end();
                 self.await_farewell();

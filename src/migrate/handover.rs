@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::control::ClientError;
-use crate::switchover::{Ownership, OperatorWord, SourceAction, SourceInput, SourceStep};
+use crate::switchover::{OperatorWord, Ownership, SourceAction, SourceInput, SourceStep};
 use crate::wire::{self, Message, ResumePhase};
 
 use super::link::{Event, Link};
@@ -22,7 +22,11 @@ const LAST_BACKOFF: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(50);
 
 /// Goes on with a migration whose `vmsend` has gone after the fence.
-pub fn resume(options: &SendOptions, settings: Settings, observer: &mut dyn Observer) -> Result<Summary, MigrateError> {
+pub fn resume(
+    options: &SendOptions,
+    settings: Settings,
+    observer: &mut dyn Observer,
+) -> Result<Summary, MigrateError> {
     let mut vm = SourceVm::connect(&options.vm).map_err(here)?;
     let status = vm.client.status().map_err(here)?;
     let Ownership::Committed { dest, .. } = status.ownership else {
@@ -127,13 +131,20 @@ impl<'m, 'a> Handover<'m, 'a> {
         if let Some(stop) = self.migration.settings.cancelled() {
             if self.step == SourceStep::AwaitReady {
                 self.cause = Some(match stop {
-                    Stop::Signal(n) => MigrateError::new(Ending::Signalled(n), Side::Source, format!("stopped by signal {n}")),
+                    Stop::Signal(n) => MigrateError::new(
+                        Ending::Signalled(n),
+                        Side::Source,
+                        format!("stopped by signal {n}"),
+                    ),
                     Stop::Operator => here("cancelled by the operator"),
                 });
             }
             return Ok(Some(SourceInput::Cancel));
         }
-        if self.migration.settings.back_wanted() && !self.want_back_said && self.step == SourceStep::AwaitRunning {
+        if self.migration.settings.back_wanted()
+            && !self.want_back_said
+            && self.step == SourceStep::AwaitRunning
+        {
             self.want_back_said = true;
             return Ok(Some(SourceInput::WantBack));
         }
@@ -152,7 +163,9 @@ impl<'m, 'a> Handover<'m, 'a> {
                 if self.step == SourceStep::AwaitReady {
                     self.cause = Some(MigrateError::new(Ending::PeerFailed, Side::Link, why));
                 } else {
-                    self.migration.observer.note(&format!("the connection is lost ({why}); both sides hold still"));
+                    self.migration
+                        .observer
+                        .note(&format!("the connection is lost ({why}); both sides hold still"));
                 }
                 Some(SourceInput::LinkLost)
             }
@@ -166,7 +179,8 @@ impl<'m, 'a> Handover<'m, 'a> {
                 if let (Some(ours), Some(theirs)) = (&self.migration.digest, &ready.digest)
                     && ours != theirs
                 {
-                    self.cause = Some(here(format!("the digests of RAM differ: source {ours}, destination {theirs}")));
+                    self.cause =
+                        Some(here(format!("the digests of RAM differ: source {ours}, destination {theirs}")));
                     return Some(SourceInput::Cancel);
                 }
                 self.ready = ready;
@@ -174,7 +188,11 @@ impl<'m, 'a> Handover<'m, 'a> {
             }
             Message::Running(_) => Some(SourceInput::Running),
             Message::Revoked => {
-                self.cause = Some(MigrateError::new(Ending::Failed, Side::Destination, "the destination gave the guest back unrun"));
+                self.cause = Some(MigrateError::new(
+                    Ending::Failed,
+                    Side::Destination,
+                    "the destination gave the guest back unrun",
+                ));
                 Some(SourceInput::Revoked)
             }
             Message::Abort(abort) => {
@@ -266,7 +284,8 @@ impl<'m, 'a> Handover<'m, 'a> {
 
     /// Asks `vmrun` anew whether the fence stands; `None` when it is gone for good.
     fn is_fenced(&mut self) -> Option<bool> {
-        let status = SourceVm::connect(&self.migration.options.vm).and_then(|mut vm| vm.client.status()).ok()?;
+        let status =
+            SourceVm::connect(&self.migration.options.vm).and_then(|mut vm| vm.client.status()).ok()?;
         Some(matches!(status.ownership, Ownership::Committed { .. }))
     }
 

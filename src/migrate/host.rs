@@ -131,7 +131,12 @@ fn await_socket(control: &Path, child: &mut Child) -> Result<Client, MigrateErro
         }
         match Client::connect(control, "vmrecv") {
             Ok(client) if client.server().pid == child.id() => return Ok(client),
-            Ok(_) => return Err(failed(format!("{} belongs to another vmrun (--attach uses it)", control.display()))),
+            Ok(_) => {
+                return Err(failed(format!(
+                    "{} belongs to another vmrun (--attach uses it)",
+                    control.display()
+                )));
+            }
             Err(e) if start.elapsed() > START_TIMEOUT => return Err(failed(e)),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }

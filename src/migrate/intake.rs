@@ -59,13 +59,19 @@ impl Intake {
     /// Listens at `options.listen`; callers become events.
     pub fn open(options: &ReceiveOptions, events: EventSender<Event>) -> Result<Self, StreamError> {
         let listener = Listener::bind(&options.listen, options.peer_timeout)?;
-        let listen_error = |e: std::io::Error| StreamError::Listen { address: options.listen.to_string(), cause: e.to_string() };
+        let listen_error = |e: std::io::Error| StreamError::Listen {
+            address: options.listen.to_string(),
+            cause: e.to_string(),
+        };
         let (address, single) = (listener.local().clone(), !listener.takes_many());
         let shut = Arc::new(AtomicBool::new(false));
         let waiting = Arc::new(Mutex::new(CancelToken::new().map_err(listen_error)?));
         let channel_options = ChannelOptions { peer_timeout: options.peer_timeout };
         let door = Door { listener, channel_options, events, shut: shut.clone(), waiting: waiting.clone() };
-        let thread = std::thread::Builder::new().name("intake".to_owned()).spawn(move || door.take_callers()).map_err(listen_error)?;
+        let thread = std::thread::Builder::new()
+            .name("intake".to_owned())
+            .spawn(move || door.take_callers())
+            .map_err(listen_error)?;
         Ok(Self { address, single, shut, waiting, thread: Some(thread) })
     }
 

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use crate::switchover::Attempt;
 use crate::transport::{
-    CancelToken, Channel, ChannelError, ChannelOptions, ChannelRole, ChannelStats, Heartbeat, RateLimiter, Receiver, Sender,
-    connect,
+    CancelToken, Channel, ChannelError, ChannelOptions, ChannelRole, ChannelStats, Heartbeat, RateLimiter,
+    Receiver, Sender, connect,
 };
 use crate::wire::{self, Message, Refused, RefusedCode};
 
@@ -56,7 +56,8 @@ impl Link {
             other => return Err(lost(channel.receiver().unexpected(&other, "HELLO_ACK"))),
         };
         if !(hello.version_min..=hello.version_max).contains(&ack.version) {
-            let what = format!("the destination wants to speak version {} of the protocol, unasked", ack.version);
+            let what =
+                format!("the destination wants to speak version {} of the protocol, unasked", ack.version);
             return Err(MigrateError::new(Ending::PeerFailed, Side::Destination, what));
         }
         let stats = vec![channel.stats().clone()];
@@ -92,11 +93,14 @@ impl Link {
         }
         let senders = if self.bulk.is_empty() { vec![self.main.sender().clone()] } else { self.bulk.clone() };
         for sender in senders {
-            let (bulk, limiter, events, epoch) = (bulk.clone(), self.limiter.clone(), events.clone(), self.attempt.epoch);
+            let (bulk, limiter, events, epoch) =
+                (bulk.clone(), self.limiter.clone(), events.clone(), self.attempt.epoch);
             std::thread::Builder::new()
                 .name("bulk".to_owned())
                 .spawn(move || {
-                    if let Err(error) = bulk::work(&sender, &bulk.queue, &bulk.views, &bulk.counters, &limiter) {
+                    if let Err(error) =
+                        bulk::work(&sender, &bulk.queue, &bulk.views, &bulk.counters, &limiter)
+                    {
                         let _ = events.send(Event::Lost(epoch, error.to_string()));
                         bulk.queue.stop();
                     }
@@ -133,12 +137,18 @@ impl Link {
     }
 }
 
-fn open(options: &SendOptions, attempt: Attempt, role: ChannelRole, cancel: &CancelToken) -> Result<Channel, MigrateError> {
+fn open(
+    options: &SendOptions,
+    attempt: Attempt,
+    role: ChannelRole,
+    cancel: &CancelToken,
+) -> Result<Channel, MigrateError> {
     let started = Instant::now();
-    let stream = connect(&options.dest, options.connect_timeout, options.peer_timeout, cancel).map_err(|e| {
-        tracing::debug!("gave up connecting after {:?}", started.elapsed());
-        MigrateError::new(Ending::Failed, Side::Link, e)
-    })?;
+    let stream =
+        connect(&options.dest, options.connect_timeout, options.peer_timeout, cancel).map_err(|e| {
+            tracing::debug!("gave up connecting after {:?}", started.elapsed());
+            MigrateError::new(Ending::Failed, Side::Link, e)
+        })?;
     Ok(Channel::new(stream, attempt, role, ChannelOptions { peer_timeout: options.peer_timeout }))
 }
 
@@ -159,7 +169,9 @@ fn read_main(mut receiver: Receiver, epoch: u32, events: &EventSender<Event>) {
 /// What REFUSED means for the migration: nothing was sent, nothing is touched.
 pub fn refusal(refused: Refused) -> MigrateError {
     let ending = match refused.code {
-        RefusedCode::Version | RefusedCode::Feature | RefusedCode::Unsuitable | RefusedCode::Busy => Ending::Unsuitable,
+        RefusedCode::Version | RefusedCode::Feature | RefusedCode::Unsuitable | RefusedCode::Busy => {
+            Ending::Unsuitable
+        }
         RefusedCode::Failed => Ending::Failed,
         _ => Ending::PeerFailed,
     };

@@ -100,7 +100,9 @@ impl Bulk {
         conductor: &mut impl Conductor,
     ) -> Result<(), MigrateError> {
         let resident = match pass.first {
-            true => Some(self.views.ram().resident(PageIndex(from), to - from).map_err(super::outcome::here)?),
+            true => {
+                Some(self.views.ram().resident(PageIndex(from), to - from).map_err(super::outcome::here)?)
+            }
             false => None,
         };
         let mut chunk = Chunk::default();

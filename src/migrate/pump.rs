@@ -34,7 +34,12 @@ enum PumpError {
 
 /// Receives on one channel until it ends; `wrap` makes an event of what comes, for `events`.
 /// Pages are placed here, without a detour: what reaches the conductor is in order with them.
-pub fn run<E>(mut receiver: Receiver, slot: &PlacerSlot, events: &EventSender<E>, wrap: impl Fn(Brought) -> E) {
+pub fn run<E>(
+    mut receiver: Receiver,
+    slot: &PlacerSlot,
+    events: &EventSender<E>,
+    wrap: impl Fn(Brought) -> E,
+) {
     let mut buffer = Vec::new();
     let mut placer = slot.get().and_then(Option::as_ref);
     if let Some(placer) = placer {
@@ -62,7 +67,11 @@ pub fn run<E>(mut receiver: Receiver, slot: &PlacerSlot, events: &EventSender<E>
 }
 
 /// Takes one frame: a message for the conductor, or pages, which are placed at once.
-fn step(receiver: &mut Receiver, placer: Option<&Placer>, buffer: &mut Vec<u8>) -> Result<Option<Message>, PumpError> {
+fn step(
+    receiver: &mut Receiver,
+    placer: Option<&Placer>,
+    buffer: &mut Vec<u8>,
+) -> Result<Option<Message>, PumpError> {
     match receiver.recv()? {
         Frame::Message(message) => Ok(Some(message)),
         Frame::Pages(mut pages) => {

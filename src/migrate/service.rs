@@ -114,7 +114,8 @@ impl Desk {
         match request {
             MoverRequest::Hello { .. } => self.server.answer(reply, done, vec![]),
             MoverRequest::Progress => {
-                let progress = self.board.read().0.ok_or_else(|| Failure::refused("the migration has not begun"));
+                let progress =
+                    self.board.read().0.ok_or_else(|| Failure::refused("the migration has not begun"));
                 self.server.answer(reply, progress, vec![]);
             }
             MoverRequest::Events => {

@@ -132,7 +132,9 @@ impl<'a> Migration<'a> {
         self.observer.note(&format!("connected to {} ({})", ack.host, self.options.dest));
         self.link = Some(link);
         self.say(&Message::Machine(wire::JsonBody::of(machine).map_err(here)?));
-        self.await_message("the machine to be accepted", |message| matches!(message, Message::Accepted).then_some(()))?;
+        self.await_message("the machine to be accepted", |message| {
+            matches!(message, Message::Accepted).then_some(())
+        })?;
         let views = Views::new(self.vm.ram().map_err(here)?).map_err(here)?;
         let queue = Arc::new(PassQueue::new(QUEUE_CHUNKS_PER_CHANNEL * self.hello.channels.max(1) as usize));
         let bulk = Bulk { queue, views: Arc::new(views), counters: Arc::new(Counters::default()) };
@@ -162,7 +164,9 @@ impl<'a> Migration<'a> {
             match decide(&self.history, self.started.elapsed(), FIXED_COST, &self.settings.policy()) {
                 Decision::Continue => {}
                 Decision::SwitchOver => return Ok(number + 1),
-                Decision::GiveUp(why) => return Err(MigrateError::new(Ending::NotConverged, Side::Source, why)),
+                Decision::GiveUp(why) => {
+                    return Err(MigrateError::new(Ending::NotConverged, Side::Source, why));
+                }
             }
         }
     }
@@ -234,7 +238,11 @@ impl<'a> Migration<'a> {
     }
 
     /// Waits for the message that `wanted` picks, while nothing else is expected.
-    fn await_message<T>(&mut self, what: &str, wanted: impl Fn(&Message) -> Option<T>) -> Result<T, MigrateError> {
+    fn await_message<T>(
+        &mut self,
+        what: &str,
+        wanted: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, MigrateError> {
         loop {
             self.check()?;
             if let Some(message) = self.next_message()? {
@@ -259,7 +267,9 @@ impl<'a> Migration<'a> {
     fn sort(&mut self, event: Event) -> Result<Option<Message>, MigrateError> {
         match event {
             Event::Main(epoch, message) if epoch == self.attempt.epoch => match message {
-                Message::Abort(abort) => Err(MigrateError::new(Ending::PeerFailed, Side::Destination, abort.reason)),
+                Message::Abort(abort) => {
+                    Err(MigrateError::new(Ending::PeerFailed, Side::Destination, abort.reason))
+                }
                 Message::Refused(refused) => Err(super::link::refusal(refused)),
                 message => Ok(Some(message)),
             },
@@ -274,7 +284,11 @@ impl<'a> Migration<'a> {
     fn check(&mut self) -> Result<(), MigrateError> {
         match self.settings.cancelled() {
             Some(Stop::Signal(signal)) => {
-                return Err(MigrateError::new(Ending::Signalled(signal), Side::Source, format!("stopped by signal {signal}")));
+                return Err(MigrateError::new(
+                    Ending::Signalled(signal),
+                    Side::Source,
+                    format!("stopped by signal {signal}"),
+                ));
             }
             Some(Stop::Operator) => return Err(here("cancelled by the operator")),
             None => {}
@@ -292,7 +306,8 @@ impl<'a> Migration<'a> {
         let seconds = self.pass_started.0.elapsed().as_secs_f64().max(1e-3);
         let bandwidth = (counters.0 - self.pass_started.1) as f64 * PAGE_BYTES as f64 / seconds;
         let last = self.history.last();
-        let dirty_rate = last.map(|p| p.dirty_after_pages as f64 * PAGE_BYTES as f64 / p.elapsed.as_secs_f64());
+        let dirty_rate =
+            last.map(|p| p.dirty_after_pages as f64 * PAGE_BYTES as f64 / p.elapsed.as_secs_f64());
         let progress = MoverProgress {
             phase: self.phase.to_owned(),
             dest: self.options.dest.to_string(),
@@ -379,5 +394,9 @@ impl Conductor for Migration<'_> {
 }
 
 fn unexpected(message: &Message, awaited: &str) -> MigrateError {
-    MigrateError::new(Ending::PeerFailed, Side::Destination, format!("{} came while waiting for {awaited}", message.kind()))
+    MigrateError::new(
+        Ending::PeerFailed,
+        Side::Destination,
+        format!("{} came while waiting for {awaited}", message.kind()),
+    )
 }

@@ -51,6 +51,9 @@ enum Mutant {
     ForgetsRunning,
 }
 
+/// Takes what may happen, and adds the world that follows.
+type Branch<'a> = &'a mut dyn FnMut(&dyn Fn(&mut World));
+
 fn start() -> World {
     let attempt = Attempt { session: SESSION, epoch: 1 };
     let (mut source, mut dest) = (Ownership::booted(), Ownership::empty());
@@ -112,7 +115,7 @@ impl World {
         }
     }
 
-    fn dest_input(&mut self, input: DestInput, mutant: Mutant) {
+    fn dest_input(&mut self, input: DestInput) {
         let (step, actions) = self.dest_step.on(input);
         let attempt = self.dest.attempt().unwrap();
         self.dest_step = step;
@@ -148,14 +151,11 @@ impl World {
                         w.to_dest.remove(0);
                     }
                     if w.dest_link == Some(epoch) {
-                        w.dest_input(
-                            match msg {
-                                Msg::Run => DestInput::Run,
-                                Msg::Revoke => DestInput::Revoke,
-                                _ => DestInput::Abort,
-                            },
-                            mutant,
-                        );
+                        w.dest_input(match msg {
+                            Msg::Run => DestInput::Run,
+                            Msg::Revoke => DestInput::Revoke,
+                            _ => DestInput::Abort,
+                        });
                     }
                 });
             }
@@ -190,7 +190,7 @@ impl World {
             branch(&|w| {
                 w.to_source.clear();
                 w.dest_link = None;
-                w.dest_input(DestInput::LinkLost, mutant);
+                w.dest_input(DestInput::LinkLost);
             });
         }
         self.reconnections(&mut branch, mutant);
@@ -200,7 +200,7 @@ impl World {
     }
 
     /// The sender (or one started anew with --resume) connects with the next epoch.
-    fn reconnections(&self, branch: &mut dyn FnMut(&dyn Fn(&mut World)), mutant: Mutant) {
+    fn reconnections(&self, branch: Branch<'_>, mutant: Mutant) {
         let epoch = self.source.attempt().map_or(0, |a| a.epoch);
         if self.source_link.is_some() || epoch >= MAX_EPOCH || self.source_step.is_over() {
             return;
@@ -209,7 +209,7 @@ impl World {
             let Ok(attempt) = w.source.reattach() else { return };
             // The receiver takes the new connection for the old one and answers with its phase.
             if w.dest_link.take().is_some() {
-                w.dest_input(DestInput::LinkLost, mutant);
+                w.dest_input(DestInput::LinkLost);
             }
             w.to_source.clear();
             if w.dest.renew(attempt).is_err() {
@@ -217,7 +217,7 @@ impl World {
             }
             w.source_link = Some(attempt.epoch);
             w.dest_link = Some(attempt.epoch);
-            w.dest_input(DestInput::Reconnected, mutant);
+            w.dest_input(DestInput::Reconnected);
             let phase = match w.dest_step {
                 DestStep::InDoubt => SourceInput::PeerInDoubt,
                 DestStep::Running => SourceInput::Running,
@@ -229,7 +229,7 @@ impl World {
     }
 
     /// What happens on one host alone.
-    fn local_events(&self, branch: &mut dyn FnMut(&dyn Fn(&mut World)), mutant: Mutant) {
+    fn local_events(&self, branch: Branch<'_>, mutant: Mutant) {
         if self.source_step == SourceStep::Fencing {
             branch(&|w| w.source_input(SourceInput::Fenced, mutant));
             if self.source.may_run() {
@@ -237,11 +237,11 @@ impl World {
             }
         }
         if self.dest_step == DestStep::Loading {
-            branch(&|w| w.dest_input(DestInput::Loaded, mutant));
-            branch(&|w| w.dest_input(DestInput::LoadFailed, mutant));
+            branch(&|w| w.dest_input(DestInput::Loaded));
+            branch(&|w| w.dest_input(DestInput::LoadFailed));
         }
         if mutant == Mutant::RunOnTimeout && self.dest_step == DestStep::InDoubt {
-            branch(&|w| w.dest_input(DestInput::Run, mutant));
+            branch(&|w| w.dest_input(DestInput::Run));
         }
         if !self.cancelled {
             branch(&|w| {
@@ -289,14 +289,14 @@ impl World {
 }
 
 /// Explores everything; gives the number of states and of those from which nobody ever runs again.
-fn explore(mutant: Mutant) -> Result<(usize, usize), World> {
+fn explore(mutant: Mutant) -> Result<(usize, usize), Box<World>> {
     let mut index = HashMap::from([(start(), 0usize)]);
     let mut states = vec![start()];
     let mut before: Vec<Vec<usize>> = vec![vec![]];
     let mut queue = VecDeque::from([0]);
     while let Some(i) = queue.pop_front() {
         if states[i].runners() > 1 {
-            return Err(states[i].clone());
+            return Err(Box::new(states[i].clone()));
         }
         for next in states[i].clone().successors(mutant) {
             let j = *index.entry(next.clone()).or_insert_with(|| {
