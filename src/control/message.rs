@@ -154,6 +154,9 @@ pub enum Request {
     Run {
         /// The attempt.
         attempt: Attempt,
+        /// The guest was paused by an operator and stays so, now here.
+        #[serde(default)]
+        paused: bool,
     },
     /// Incoming: REVOKE or ABORT has come, or loading failed. Answer: `{}`, and the machine is
     /// dropped; refused when it runs.

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::control::{ClientError, FailureCode, Imported, Status};
+use crate::memory::PAGE_BYTES;
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, DestAction, DestInput, DestStep};
 use crate::transport::{Channel, Sender};
@@ -23,12 +24,10 @@ use super::outcome::{Ending, MigrateError, Side, ms};
 use super::placer::Placer;
 use super::pump::{self, Brought, PlacerSlot};
 use super::report::Observer;
-use super::wires::MainLine;
+use super::wires::{FAREWELL, MainLine, shorter, turn_away};
 
 /// How often the conductor looks after its `vmrun` and shows progress.
 const TICK: Duration = Duration::from_millis(100);
-/// How long the last words may take to be read.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Everything that wakes the conductor.
 #[derive(Debug)]
@@ -103,9 +102,12 @@ struct Session {
     /// Bulk channels that have joined, by index.
     bulk: HashMap<u32, Sender>,
     placer: PlacerSlot,
-    barriers: HashMap<u32, PassProgress>,
+    /// Channels that have ended a pass, by the pass.
+    barriers: HashMap<u32, u32>,
+    pass_began: PassBegan,
     state: Option<Vec<u8>>,
     digest: Option<String>,
+    stays_paused: bool,
     ready: wire::Ready,
     run_us: u64,
     /// When the connection was lost that has to come back.
@@ -120,9 +122,11 @@ impl Session {
     }
 }
 
-#[derive(Default)]
-struct PassProgress {
-    channels: u32,
+/// What the passes before the one under way had brought, and when it began.
+struct PassBegan {
+    data_pages: u64,
+    zero_pages: u64,
+    at: Instant,
 }
 
 impl<'a> Arrival<'a> {
@@ -228,14 +232,14 @@ impl<'a> Arrival<'a> {
         if hello.resume {
             let phase = self.unknown_phase(attempt);
             let ack = self.hello_ack(&wire::Agreed { version: wire::VERSION, features: vec![] }, Some(phase));
-            let _ = channel.send(&Message::HelloAck(ack));
+            turn_away(channel, &Message::HelloAck(ack));
             return Ok(());
         }
         let agreed = match wire::negotiate(&hello, &Supported::default()) {
             Ok(agreed) => agreed,
             Err(refused) => {
                 self.observer.note(&format!("refused {}: {refused}", hello.host));
-                let _ = channel.send(&Message::Refused(refused));
+                turn_away(channel, &Message::Refused(refused));
                 return Ok(());
             }
         };
@@ -249,8 +253,10 @@ impl<'a> Arrival<'a> {
             bulk: HashMap::new(),
             placer: Arc::new(OnceLock::new()),
             barriers: HashMap::new(),
+            pass_began: PassBegan { data_pages: 0, zero_pages: 0, at: Instant::now() },
             state: None,
             digest: None,
+            stays_paused: false,
             ready: wire::Ready::default(),
             run_us: 0,
             waiting_since: None,
@@ -293,7 +299,7 @@ impl<'a> Arrival<'a> {
         }
         session.attempt = attempt;
         if let Some(old) = session.main.take() {
-            old.close();
+            old.cut();
         }
         session.waiting_since = None;
         let phase = match self.step {
@@ -316,7 +322,8 @@ impl<'a> Arrival<'a> {
         ack: wire::HelloAck,
     ) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let (line, receiver) = MainLine::start(channel, self.options.peer_timeout).map_err(failed)?;
+        let patience = shorter(self.options.peer_timeout, session.hello.peer_timeout_ms);
+        let (line, receiver) = MainLine::start(channel, patience).map_err(failed)?;
         let placer = session.placer.clone();
         let events = self.events.clone();
         let epoch = attempt.epoch;
@@ -404,26 +411,34 @@ impl<'a> Arrival<'a> {
         }
     }
 
+    /// One channel has ended a pass; when all have, the source may go on (D3).
     fn on_barrier(&mut self, pass: u32) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let progress = session.barriers.entry(pass).or_default();
-        progress.channels += 1;
-        if progress.channels < session.hello.channels.max(1) {
+        let channels = session.barriers.entry(pass).or_default();
+        *channels += 1;
+        if *channels < session.hello.channels.max(1) {
             return Ok(());
         }
         session.barriers.remove(&pass);
-        let (data, zero) = session.machine().map(Placer::counts).unwrap_or_default();
-        self.say(&Message::PassDone(wire::PassDone {
+        let (data_pages, zero_pages) = session.machine().map(Placer::counts).unwrap_or_default();
+        let before = std::mem::replace(
+            &mut session.pass_began,
+            PassBegan { data_pages, zero_pages, at: Instant::now() },
+        );
+        let data = data_pages - before.data_pages;
+        let done = wire::PassDone {
             pass,
-            pages_placed: data + zero,
-            bytes: data * 4096,
-            elapsed_us: 0,
-        }))
+            pages_placed: data + zero_pages - before.zero_pages,
+            bytes: data * PAGE_BYTES,
+            elapsed_us: before.at.elapsed().as_micros() as u64,
+        };
+        self.say(&Message::PassDone(done))
     }
 
     /// Everything is here: counts and digest are compared, then the import starts.
     fn on_end(&mut self, end: &wire::End) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
+        session.stays_paused = end.stays_paused;
         let (Some(placer), Some(state)) =
             (session.placer.get().and_then(Option::as_ref), session.state.take())
         else {
@@ -481,7 +496,7 @@ impl<'a> Arrival<'a> {
     fn on_lost(&mut self, why: &str) -> Result<(), MigrateError> {
         if let Some(session) = &mut self.session {
             if let Some(main) = session.main.take() {
-                main.close();
+                main.cut();
             }
             session.waiting_since = Some(Instant::now());
         }
@@ -558,8 +573,8 @@ impl<'a> Arrival<'a> {
             DestStep::Running => Err(MigrateError::new(Ending::Lost, Side::Destination, gone)),
             DestStep::InDoubt => {
                 // Not an error yet: the source has to hear REVOKED, now or when it comes back.
-                self.input(DestInput::GuestGone)?;
-                Err(failed(format!("{gone} before the guest ran")))
+                let _ = self.input(DestInput::GuestGone);
+                Err(failed(format!("{gone} before the guest ran: the source takes it back")))
             }
             _ => {
                 let _ = self.input(DestInput::GuestGone);
@@ -614,7 +629,7 @@ impl<'a> Arrival<'a> {
             DestAction::Run => {
                 session.run_passed_on = true;
                 let start = Instant::now();
-                match self.host.client.run(attempt) {
+                match self.host.client.run(attempt, session.stays_paused) {
                     Ok(_) => {
                         session.run_us = start.elapsed().as_micros() as u64;
                         Ok(())
@@ -716,7 +731,7 @@ impl<'a> Arrival<'a> {
 /// Says no on a channel that is not ours, and lets go of it.
 fn refuse(channel: Channel, code: RefusedCode, message: &str) {
     let refused = Refused { code, message: message.to_owned(), problems: vec![] };
-    let _ = channel.send(&Message::Refused(refused));
+    turn_away(channel, &Message::Refused(refused));
 }
 
 fn failed(error: impl std::fmt::Display) -> MigrateError {

@@ -48,7 +48,7 @@ fn all() -> Vec<Message> {
         Message::Barrier { pass: 3 },
         Message::PassDone(PassDone { pass: 3, pages_placed: 4, bytes: 5, elapsed_us: 6 }),
         Message::State(vec![0, 1, 2]),
-        Message::End(End { passes: 3, pages: 4, zero_pages: 5, digest: digest.clone() }),
+        Message::End(End { passes: 3, pages: 4, zero_pages: 5, digest: digest.clone(), stays_paused: true }),
         Message::Ready(Ready { import_us: 1, sync_us: 2, digest: None }),
         Message::Run,
         Message::Running(Running { run_us: 9 }),

@@ -122,9 +122,9 @@ pub struct PassDone {
     pub pass: u32,
     /// Pages placed in this pass, zero pages included.
     pub pages_placed: u64,
-    /// Bytes received for it on all channels.
+    /// Bytes of page data placed in it.
     pub bytes: u64,
-    /// From the first frame of the pass to the last page placed, in microseconds.
+    /// From the end of the pass before (or HELLO) to the last page placed, in microseconds.
     pub elapsed_us: u64,
 }
 
@@ -139,6 +139,9 @@ pub struct End {
     pub zero_pages: u64,
     /// With `verify`: the digest of RAM, in hexadecimal.
     pub digest: Option<String>,
+    /// An operator had paused the guest: it stays paused at the destination.
+    #[serde(default)]
+    pub stays_paused: bool,
 }
 
 /// D→S: restored, synchronised, held.

@@ -161,9 +161,9 @@ impl Client {
         self.tell(&Request::Promise { attempt })
     }
 
-    /// `run`
-    pub fn run(&mut self, attempt: Attempt) -> Result<Status, ClientError> {
-        self.ask(&Request::Run { attempt })
+    /// `run`; `paused`: an operator had paused the guest, and it stays so.
+    pub fn run(&mut self, attempt: Attempt, paused: bool) -> Result<Status, ClientError> {
+        self.ask(&Request::Run { attempt, paused })
     }
 
     /// `revoke`

@@ -107,14 +107,14 @@ impl Service {
         Reply::done()
     }
 
-    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
+    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt, paused: bool) -> Handled {
         self.alone(from)?;
         // Before anything changes: an empty vmrun has no guest, but an order to refuse by.
         let first = matches!(self.ownership, Ownership::InDoubt { .. });
         self.change_recorded(|o| o.run(attempt))?;
         self.live()?;
         if first {
-            self.paused_by = PausedBy::default();
+            self.paused_by = PausedBy { operator: paused, ..PausedBy::default() };
         }
         self.settle()?;
         Reply::now(self.status())

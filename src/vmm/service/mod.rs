@@ -251,7 +251,7 @@ impl Service {
             Request::Prepare { attempt, machine, remap } => self.prepare(from, attempt, &machine, remap),
             Request::Import { attempt, bytes } => self.import(attempt, bytes, fds),
             Request::Promise { attempt } => self.promise(from, attempt),
-            Request::Run { attempt } => self.run_here(from, attempt),
+            Request::Run { attempt, paused } => self.run_here(from, attempt, paused),
             Request::Revoke { attempt } => self.revoke(from, attempt),
             Request::Renew { attempt } => self.renew(from, attempt),
         }
