@@ -27,8 +27,8 @@ pub struct Args {
     /// Where to wait for vmsend: tcp:HOST:PORT, unix:PATH, exec:COMMAND or -
     ///
     /// Port 0 takes any free port and says which.
-    #[arg(value_name = "LISTEN")]
-    pub listen: Address,
+    #[arg(value_name = "LISTEN", required_unless_present = "resume")]
+    pub listen: Option<Address>,
 
     /// Control socket of the vmrun that takes the guest
     #[arg(long, value_name = "SOCK")]
@@ -37,6 +37,13 @@ pub struct Args {
     /// Use the `vmrun --incoming` that listens on --control already
     #[arg(long)]
     pub attach: bool,
+
+    /// Take over from a vmrecv that was killed while the guest was acknowledged, or lacked pages
+    ///
+    /// Everything is still with the vmrun at --control, the place to listen included; LISTEN is
+    /// needed only where no pages are missing.
+    #[arg(long, conflicts_with_all = ["attach", "serial", "vmrun", "remap"])]
+    pub resume: bool,
 
     /// The guest's serial port: stdio (output only), file:PATH, pty or none
     #[arg(long, value_name = "WHERE", default_value = "none", conflicts_with = "attach")]
@@ -126,12 +133,12 @@ fn remap(text: &str) -> Result<Remap, String> {
 impl Args {
     fn options(&self) -> ReceiveOptions {
         ReceiveOptions {
-            listen: self.listen.clone(),
+            listen: self.listen.clone().unwrap_or(Address::Stdio),
             peer_timeout: self.peer_timeout,
             linger: self.linger,
             host: HostOptions {
                 control: self.control.clone(),
-                attach: self.attach,
+                attach: self.attach || self.resume,
                 vmrun: self.vmrun.clone(),
                 serial: self.serial.clone(),
                 remap: self.remap.clone(),
@@ -144,11 +151,11 @@ impl Args {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     log::start(args.log);
-    if let Some(why) = needs_insecure(&args.listen).filter(|_| !args.insecure) {
+    if let Some(why) = args.listen.as_ref().and_then(needs_insecure).filter(|_| !args.insecure) {
         complain(NAME, why);
         return Exit::Usage.into();
     }
-    let stream_on_stdout = args.listen == Address::Stdio;
+    let stream_on_stdout = args.listen == Some(Address::Stdio);
     if stream_on_stdout && (args.json || args.serial == "stdio") {
         complain(NAME, "the stream has standard output: neither --json nor --serial stdio goes with it");
         return Exit::Usage.into();
@@ -161,7 +168,11 @@ pub fn main() -> ExitCode {
         }
     }
     let mut display = Display::new(NAME, args.quiet, args.json);
-    let exit = match dest::receive(&args.options(), &stop, &mut display) {
+    let result = match args.resume {
+        true => dest::resume(&args.options(), args.listen.clone(), &stop, &mut display),
+        false => dest::receive(&args.options(), &stop, &mut display),
+    };
+    let exit = match result {
         Ok(arrived) => {
             display.done(&arrived, &arrived_text(&arrived));
             Exit::Done
@@ -172,8 +183,14 @@ pub fn main() -> ExitCode {
 }
 
 fn arrived_text(a: &Arrived) -> String {
+    let waits = a.latency.filter(|l| l.count > 0).map_or_else(String::new, |l| {
+        format!(
+            "; it waited for {} pages: p50 {} µs, p99 {} µs, max {} µs",
+            l.count, l.p50_us, l.p99_us, l.max_us
+        )
+    });
     format!(
-        "{:?} has come in {:.2} s and runs here: {} data pages, {} zero pages; control socket {}",
+        "{:?} has come in {:.2} s and runs here: {} data pages, {} zero pages; control socket {}{waits}",
         a.name,
         a.total_ms / 1e3,
         a.data_pages,

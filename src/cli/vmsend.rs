@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
-use crate::migrate::convergence::{OnTimeout, Policy};
+use crate::migrate::convergence::{Mode, OnTimeout, Policy};
 use crate::migrate::options::SendOptions;
 use crate::migrate::outcome::{Ending, MigrateError, Side, Summary};
 use crate::migrate::service::MoverService;
@@ -35,6 +35,10 @@ pub struct Args {
     /// program's own standard input and output.
     #[arg(value_name = "DEST", required_unless_present = "resume", conflicts_with = "resume")]
     pub dest: Option<Address>,
+
+    /// When pages are sent
+    #[arg(long, value_enum, value_name = "MODE", default_value = "precopy")]
+    pub mode: ModeArg,
 
     /// The longest the guest may stand still
     ///
@@ -89,12 +93,13 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub connect_timeout: Duration,
 
-    /// How long to try to reach a destination that may have taken the guest over
+    /// How long to try to reach a destination that may have the guest
     ///
-    /// Only between the commitment and its confirmation. When it is over both sides still hold
-    /// still, the exit code is 7, and --resume tries again.
-    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
-    pub recover_timeout: Duration,
+    /// When it is over, the exit code is 7 if it is not known whether the guest runs there, and 6 if
+    /// it runs there and lacks pages; --resume goes on. By default a minute in the first case, for
+    /// ever in the second.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub recover_timeout: Option<Duration>,
 
     /// Go on with a migration whose vmsend was killed after the guest was committed
     #[arg(long)]
@@ -128,6 +133,19 @@ pub enum OnTimeoutArg {
     Cancel,
     /// Switch over all the same, whatever the downtime
     Force,
+    /// Switch over at once, and send the rest after the guest
+    Postcopy,
+}
+
+/// `--mode`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    /// All before the guest runs at the destination
+    Precopy,
+    /// Passes first; what they cannot keep up with, after it
+    Hybrid,
+    /// All after it: the guest moves at once and fetches its pages as it needs them
+    Postcopy,
 }
 
 const NAME: &str = "vmsend";
@@ -180,8 +198,14 @@ impl Args {
                 on_timeout: match self.on_timeout {
                     OnTimeoutArg::Cancel => OnTimeout::Cancel,
                     OnTimeoutArg::Force => OnTimeout::Force,
+                    OnTimeoutArg::Postcopy => OnTimeout::Postcopy,
                 },
                 switch_now: false,
+                mode: match self.mode {
+                    ModeArg::Precopy => Mode::Precopy,
+                    ModeArg::Hybrid => Mode::Hybrid,
+                    ModeArg::Postcopy => Mode::Postcopy,
+                },
             },
             bandwidth_limit: self.bwlimit.0,
         }
@@ -202,6 +226,13 @@ pub fn main() -> ExitCode {
         return Exit::Usage.into();
     }
     let options = args.options();
+    if args.verify && options.wants_postcopy() {
+        complain(
+            NAME,
+            "--verify compares all RAM before the guest runs, and postcopy sends some of it after",
+        );
+        return Exit::Usage.into();
+    }
     let settings = Settings::new(options.policy, options.bandwidth_limit);
     let mut display = Display::new(NAME, args.quiet, args.json);
     let exit = match send(&args, &options, &settings, &mut display) {
@@ -248,10 +279,23 @@ fn send(
 /// The closing summary for people.
 fn summary_text(s: &Summary) -> String {
     let d = &s.downtime;
+    let waits = s.latency.as_ref().map_or_else(String::new, |latency| {
+        let us = |name: &str| latency.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        format!(
+            "\n{} pages came after the guest, which waited for {}: p50 {} µs, p90 {} µs, p99 {} µs, max {} µs, {:.1} ms in all",
+            s.postcopy_pages.unwrap_or(0),
+            us("count"),
+            us("p50_us"),
+            us("p90_us"),
+            us("p99_us"),
+            us("max_us"),
+            us("total_us") as f64 / 1e3
+        )
+    });
     format!(
         "moved in {:.2} s: {} passes, {} on the wire over {} channel{}, {} data pages, {} zero pages of {} RAM\n\
          downtime {:.1} ms: pause {:.1}, export {:.1}, last pass {:.1}, verify {:.1}, import {:.1}, synchronise {:.1}, \
-         ready {:.1}, fence {:.1}, run {:.1}",
+         ready {:.1}, fence {:.1}, run {:.1}{waits}",
         s.total_ms / 1e3,
         s.passes,
         size(s.wire_bytes),

@@ -121,18 +121,20 @@ pub fn work(
         match queue.next(&mut pass) {
             Job::Stop => return Ok(()),
             Job::Barrier(pass) => sender.send(&Message::Barrier { pass })?,
-            Job::Send(chunk) => send_chunk(&chunk, &mut table, sender, views, counters, limit)?,
+            Job::Send(chunk) => send_chunk(&chunk, &mut table, sender, views, counters, Some(limit))?,
         }
     }
 }
 
-fn send_chunk(
+/// Reads the pages of `chunk`, tests them for zero and sends them in one frame. `table` is scratch
+/// space.
+pub fn send_chunk(
     chunk: &Chunk,
     table: &mut RunTable,
     sender: &Sender,
     views: &Views,
     counters: &Counters,
-    limit: &RateLimiter,
+    limit: Option<&RateLimiter>,
 ) -> Result<(), WorkError> {
     table.clear();
     let mut data = Vec::new();
@@ -154,7 +156,9 @@ fn send_chunk(
     if table.is_empty() {
         return Ok(());
     }
-    limit.take(table.encoded_bytes() as u64 + table.data_bytes(), sender.cancel_token())?;
+    if let Some(limit) = limit {
+        limit.take(table.encoded_bytes() as u64 + table.data_bytes(), sender.cancel_token())?;
+    }
     sender.send_pages(table, &data)?;
     let (sent, zero) = table.pages();
     counters.data_pages.fetch_add(sent, Ordering::Relaxed);

@@ -33,6 +33,19 @@ pub struct Policy {
     pub on_timeout: OnTimeout,
     /// The operator wants it now.
     pub switch_now: bool,
+    /// Whether pages may come after the guest.
+    pub mode: Mode,
+}
+
+/// When pages are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// All before the guest runs at the destination.
+    Precopy,
+    /// Passes first; what they cannot keep up with, after it.
+    Hybrid,
+    /// All after it.
+    Postcopy,
 }
 
 /// What to do when precopy does not reach the downtime.
@@ -42,6 +55,8 @@ pub enum OnTimeout {
     Cancel,
     /// Switch over all the same, whatever the downtime.
     Force,
+    /// Let the guest run at the destination at once, and send the rest after it.
+    Postcopy,
 }
 
 /// What to do after a pass.
@@ -49,8 +64,10 @@ pub enum OnTimeout {
 pub enum Decision {
     /// Send another pass.
     Continue,
-    /// Pause the guest and finish.
+    /// Pause the guest, send what is left, and hand it over.
     SwitchOver,
+    /// Pause the guest, hand it over, and send what is left.
+    PostcopyNow,
     /// Stop: the sentence says why, with the figures.
     GiveUp(String),
 }
@@ -61,6 +78,8 @@ const STALLED_PASSES: usize = 8;
 const PAYS_OFF: f64 = 0.8;
 /// Below this no further pass is worth its bytes.
 const GOOD_ENOUGH: Duration = Duration::from_millis(2);
+/// Passes after which a hybrid migration goes over to postcopy as soon as one does not pay off.
+const HYBRID_PASSES: usize = 2;
 /// How many passes are spent on getting better than what was asked for.
 const EXTRA_PASSES: usize = 8;
 
@@ -79,8 +98,9 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     let Some(now) = expected_downtime(history, fixed) else {
         return Decision::Continue;
     };
+    let late = if policy.mode == Mode::Precopy { Decision::SwitchOver } else { Decision::PostcopyNow };
     if policy.switch_now {
-        return Decision::SwitchOver;
+        return if now <= policy.downtime { Decision::SwitchOver } else { late };
     }
     let outlooks: Vec<Duration> =
         (1..=history.len()).filter_map(|n| expected_downtime(&history[..n], fixed)).collect();
@@ -90,6 +110,9 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
         } else {
             Decision::SwitchOver
         };
+    }
+    if policy.mode == Mode::Hybrid && (outlooks.len() >= HYBRID_PASSES && !pays_off(&outlooks, fixed)) {
+        return Decision::PostcopyNow;
     }
     let why = if policy.timeout.is_some_and(|t| elapsed >= t) {
         format!("--timeout {} has passed", humantime::format_duration(policy.timeout.unwrap_or_default()))
@@ -101,6 +124,8 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
         return Decision::Continue;
     };
     match policy.on_timeout {
+        _ if policy.mode != Mode::Precopy => Decision::PostcopyNow,
+        OnTimeout::Postcopy => Decision::PostcopyNow,
         OnTimeout::Force => Decision::SwitchOver,
         OnTimeout::Cancel => {
             Decision::GiveUp(format!("did not converge: {why}; {}", figures(history, now, policy)))
@@ -111,12 +136,14 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
 /// Within the downtime already: whether one more pass is likely to make it clearly shorter.
 fn worth_another(outlooks: &[Duration], fixed: Duration, policy: &Policy) -> bool {
     let within = outlooks.iter().rev().take_while(|d| **d <= policy.downtime).count();
-    let [.., before, now] = outlooks else {
-        return outlooks.first().is_some_and(|now| *now > fixed + GOOD_ENOUGH);
-    };
-    within <= EXTRA_PASSES
-        && *now > fixed + GOOD_ENOUGH
-        && now.saturating_sub(fixed).as_secs_f64() < PAYS_OFF * before.saturating_sub(fixed).as_secs_f64()
+    let Some(now) = outlooks.last() else { return false };
+    within <= EXTRA_PASSES && *now > fixed + GOOD_ENOUGH && pays_off(outlooks, fixed)
+}
+
+/// Whether the last pass has clearly shortened what is to be expected; the first always has.
+fn pays_off(outlooks: &[Duration], fixed: Duration) -> bool {
+    let [.., before, now] = outlooks else { return true };
+    now.saturating_sub(fixed).as_secs_f64() < PAYS_OFF * before.saturating_sub(fixed).as_secs_f64()
 }
 
 /// Whether the best outlook of the last passes is no better than what came before them.
@@ -154,6 +181,7 @@ mod tests {
             max_passes: None,
             on_timeout: OnTimeout::Cancel,
             switch_now: false,
+            mode: Mode::Precopy,
         }
     }
 
@@ -198,6 +226,19 @@ mod tests {
         assert!(why.contains("MiB/s") && why.contains("wanted 30 ms"), "{why}");
         let forced = Policy { on_timeout: OnTimeout::Force, ..slow };
         assert_eq!(simulate(16_384, 1000, 100, &forced).1, Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_hybrid_goes_over_when_passes_do_not_pay_off_and_only_then() {
+        let hybrid = Policy { mode: Mode::Hybrid, downtime: 30 * MS, ..policy() };
+        let (history, decision) = simulate(16_384, 1000, 100, &hybrid);
+        assert_eq!(decision, Decision::PostcopyNow);
+        assert!(history.len() <= 4, "{history:?}");
+        assert_eq!(simulate(16_384, 100, 300, &hybrid).1, Decision::SwitchOver);
+        let timed = Policy { mode: Mode::Precopy, on_timeout: OnTimeout::Postcopy, ..hybrid };
+        assert_eq!(simulate(16_384, 1000, 100, &timed).1, Decision::PostcopyNow);
+        let now = Policy { switch_now: true, ..hybrid };
+        assert_eq!(decide(&[pass(1000, 100, 900)], 100 * MS, 5 * MS, &now), Decision::PostcopyNow);
     }
 
     #[test]

@@ -7,19 +7,24 @@ use crate::control::ClientError;
 use crate::switchover::{OperatorWord, Ownership, SourceAction, SourceInput, SourceStep};
 use crate::wire::{self, Message, ResumePhase};
 
+use super::bulk::Views;
 use super::link::{Event, Link};
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, Summary, here, ms};
+use super::precopy::Bulk;
 use super::report::Observer;
+use super::serving::Heard;
 use super::settings::{Settings, Stop};
-use super::source::Migration;
+use super::source::{Finish, Migration};
 use super::source_vm::SourceVm;
 
 /// Between two tries to reach the destination: doubled each time from the first to the last.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LAST_BACKOFF: Duration = Duration::from_secs(2);
+/// How long it is tried by default to learn what became of RUN.
+const UNCERTAIN_FOR: Duration = Duration::from_secs(60);
 /// How often a wait looks at what the operator wants.
-const TICK: Duration = Duration::from_millis(50);
+pub(super) const TICK: Duration = Duration::from_millis(50);
 
 /// Goes on with a migration whose `vmsend` has gone after the fence.
 pub fn resume(
@@ -46,13 +51,16 @@ pub fn resume(
         vm_name: machine.name,
         resume: true,
         superseded: None,
-        channels: 0,
-        features: vec![],
+        channels: if options.dest.takes_many() { options.channels.max(1) } else { 0 },
+        // Whether pages are owed is the destination's to say.
+        features: vec![wire::POSTCOPY.to_owned()],
         verify: false,
         peer_timeout_ms: options.peer_timeout.as_millis() as u64,
     };
     let mut migration = Migration::new(&options, settings, observer, vm, attached.attempt, hello);
     migration.paused = true;
+    let views = Views::new(migration.vm.ram().map_err(here)?).map_err(here)?;
+    migration.bulk = Some(Bulk::new(views, 1));
     let mut handover = Handover::new(&mut migration, SourceStep::AwaitRunning);
     handover.reconnect(Some(attached.attempt))?;
     handover.conduct()
@@ -60,21 +68,23 @@ pub fn resume(
 
 impl Migration<'_> {
     /// Pauses the guest, sends the rest, and hands the guest over.
-    pub(super) fn hand_over(&mut self, last_pass: u32) -> Result<Summary, MigrateError> {
+    pub(super) fn hand_over(&mut self, finish: Finish) -> Result<Summary, MigrateError> {
         self.phase = "switchover";
         let start = Instant::now();
-        self.stop_and_copy(last_pass)?;
+        self.stop(finish)?;
         let mut handover = Handover::new(self, SourceStep::AwaitReady);
         handover.paused_at = start;
         handover.conduct()
     }
 }
 
-struct Handover<'m, 'a> {
-    migration: &'m mut Migration<'a>,
+pub(super) struct Handover<'m, 'a> {
+    pub(super) migration: &'m mut Migration<'a>,
     step: SourceStep,
     /// Inputs that follow from what was just done.
-    follow_up: Vec<SourceInput>,
+    pub(super) follow_up: Vec<SourceInput>,
+    /// What came of postcopy's messages on the connection that stands.
+    pub(super) heard: Heard,
     /// Why the guest stays, when it does.
     cause: Option<MigrateError>,
     ready: wire::Ready,
@@ -91,6 +101,7 @@ impl<'m, 'a> Handover<'m, 'a> {
             migration,
             step,
             follow_up: vec![],
+            heard: Heard::default(),
             cause: None,
             ready: wire::Ready::default(),
             paused_at: now,
@@ -111,7 +122,12 @@ impl<'m, 'a> Handover<'m, 'a> {
             }
         }
         match self.step {
-            SourceStep::Moved => self.take_leave(),
+            SourceStep::Moved => {
+                if self.owes() {
+                    self.serve()?;
+                }
+                self.take_leave()
+            }
             SourceStep::Back => Err(self.cause.take().unwrap_or_else(|| here("the guest was taken back"))),
             _ => Err(MigrateError::new(
                 Ending::Unknown,
@@ -187,6 +203,18 @@ impl<'m, 'a> Handover<'m, 'a> {
                 Some(SourceInput::Ready)
             }
             Message::Running(_) => Some(SourceInput::Running),
+            Message::Received(part) => {
+                self.heard.received.push(part);
+                None
+            }
+            Message::PageRequest(pages) => {
+                self.heard.requests.extend(pages);
+                None
+            }
+            Message::Done(done) => {
+                self.heard.done = Some(done);
+                None
+            }
             Message::Revoked => {
                 self.cause = Some(MigrateError::new(
                     Ending::Failed,
@@ -213,6 +241,11 @@ impl<'m, 'a> Handover<'m, 'a> {
     fn input(&mut self, input: SourceInput) -> Result<(), MigrateError> {
         let (next, actions) = self.step.on(input);
         self.step = next;
+        if next == SourceStep::Moved {
+            let d = &mut self.migration.downtime;
+            d.run_ms = ms(self.run_said_at.elapsed());
+            d.total_ms = ms(self.paused_at.elapsed());
+        }
         for action in actions {
             self.act(*action)?;
         }
@@ -306,7 +339,10 @@ impl<'m, 'a> Handover<'m, 'a> {
 
     /// Connects anew with the next epoch, again and again, until the destination answers, the
     /// operator's time is over, or it is clear that nobody there can tell.
-    fn reconnect(&mut self, mut first: Option<crate::switchover::Attempt>) -> Result<(), MigrateError> {
+    pub(super) fn reconnect(
+        &mut self,
+        mut first: Option<crate::switchover::Attempt>,
+    ) -> Result<(), MigrateError> {
         self.waiting_since = Instant::now();
         self.migration.phase = "reconnect";
         let mut backoff = FIRST_BACKOFF;
@@ -322,13 +358,16 @@ impl<'m, 'a> Handover<'m, 'a> {
                 Ok((link, ack)) => {
                     m.link = Some(link);
                     m.phase = "switchover";
+                    self.heard = Heard { fetching: ack.fetching, ..Heard::default() };
                     self.follow_up.extend(phase_input(ack.resume_phase));
                     return Ok(());
                 }
                 Err(error) => error.cause,
             };
-            let limit = self.migration.options.recover_timeout;
-            if self.waiting_since.elapsed() >= limit {
+            if self.waiting_since.elapsed() >= self.patience() {
+                if self.step == SourceStep::Moved {
+                    return Err(self.interrupted(&why));
+                }
                 return Err(MigrateError::new(
                     Ending::Unknown,
                     Side::Link,
@@ -344,6 +383,12 @@ impl<'m, 'a> Handover<'m, 'a> {
             self.pause_between_tries(backoff);
             backoff = (backoff * 2).min(LAST_BACKOFF);
         }
+    }
+
+    /// How long to try to reach the destination.
+    fn patience(&self) -> Duration {
+        let by_default = if self.step == SourceStep::Moved { Duration::MAX } else { UNCERTAIN_FOR };
+        self.migration.options.recover_timeout.unwrap_or(by_default)
     }
 
     /// Sleeps, but hears the operator.
@@ -379,15 +424,14 @@ impl<'m, 'a> Handover<'m, 'a> {
     /// The destination runs: both sides compare their counts, and the source lets go.
     fn take_leave(&mut self) -> Result<Summary, MigrateError> {
         let m = &mut *self.migration;
-        m.downtime.run_ms = ms(self.run_said_at.elapsed());
-        m.downtime.total_ms = ms(self.paused_at.elapsed());
         m.phase = "done";
         let (pages, zero_pages) = m.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
-        m.say(&Message::Done(wire::Done { pages, zero_pages, digest: m.digest.clone() }));
+        m.say(&Message::Done(wire::Done { pages, zero_pages, digest: m.digest.clone(), latency: None }));
         let theirs = self.await_done();
         let m = &mut *self.migration;
         if let Some(theirs) = theirs
             && m.bulk.is_some()
+            && !m.hello.resume
             && (theirs.pages, theirs.zero_pages) != (pages, zero_pages)
         {
             m.observer.note(&format!(
@@ -419,7 +463,7 @@ impl<'m, 'a> Handover<'m, 'a> {
         None
     }
 
-    fn close_link(&mut self) {
+    pub(super) fn close_link(&mut self) {
         if let Some(link) = self.migration.link.take() {
             link.close();
         }

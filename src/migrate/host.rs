@@ -68,6 +68,11 @@ impl Host {
         Ram::new(prepared.ram.map, memfds).map_err(|source| ClientError::Io { path: path(), source })
     }
 
+    /// The control socket.
+    pub fn path(&self) -> &Path {
+        &self.options.control
+    }
+
     /// A second connection, for the import, which may take long.
     pub fn second(&self) -> Result<Client, ClientError> {
         Client::connect(&self.options.control, "vmrecv")

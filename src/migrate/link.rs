@@ -1,8 +1,8 @@
 //! The source's connection to a destination: the main channel with its reader, the bulk channels
 //! with their workers.
 
-use std::sync::Arc;
 use std::sync::mpsc::Sender as EventSender;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::switchover::Attempt;
@@ -12,9 +12,10 @@ use crate::transport::{
 };
 use crate::wire::{self, Message, Refused, RefusedCode};
 
-use super::bulk;
+use super::bulk::{self, WorkError};
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, here};
+use super::postcopy::server::PageServer;
 use super::precopy::Bulk;
 use super::wires::{MainLine, shorter};
 
@@ -27,11 +28,22 @@ pub enum Event {
     Lost(u32, String),
 }
 
+/// What answers page requests.
+#[derive(Clone, Debug)]
+struct Serving {
+    server: Arc<PageServer>,
+    bulk: Bulk,
+    urgent: Sender,
+}
+
 /// One connection of a session.
 #[derive(Debug)]
 pub struct Link {
     main: MainLine,
     bulk: Vec<Sender>,
+    /// Pages that somebody waits for (postcopy).
+    urgent: Option<Sender>,
+    serving: Arc<OnceLock<Serving>>,
     heartbeat: Option<Heartbeat>,
     limiter: RateLimiter,
     stats: Vec<Arc<ChannelStats>>,
@@ -66,21 +78,31 @@ impl Link {
         let patience = shorter(options.peer_timeout, ack.peer_timeout_ms);
         let (main, receiver) = MainLine::start(channel, patience).map_err(here)?;
         let to = events.clone();
-        std::thread::spawn(move || read_main(receiver, attempt.epoch, &to));
+        let serving = Arc::new(OnceLock::new());
+        let served = serving.clone();
+        std::thread::spawn(move || read_main(receiver, attempt.epoch, &served, &to));
         let limiter = RateLimiter::new(options.bandwidth_limit);
-        Ok((Self { main, bulk: vec![], heartbeat: None, limiter, stats, cancel, attempt, patience }, ack))
+        Ok((
+            Self {
+                main,
+                bulk: vec![],
+                urgent: None,
+                serving,
+                heartbeat: None,
+                limiter,
+                stats,
+                cancel,
+                attempt,
+                patience,
+            },
+            ack,
+        ))
     }
 
-    /// Opens `channels` bulk channels (none: pages go on the main channel) and starts a worker on
-    /// each, which takes its work from `bulk`.
-    pub fn open_bulk(
-        &mut self,
-        options: &SendOptions,
-        channels: u32,
-        bulk: &Bulk,
-        events: &EventSender<Event>,
-    ) -> Result<(), MigrateError> {
-        for index in 1..=channels {
+    /// Opens the bulk channels that `hello` has promised (none: pages go on the main channel), and
+    /// for postcopy the urgent one.
+    pub fn open_channels(&mut self, options: &SendOptions, hello: &wire::Hello) -> Result<(), MigrateError> {
+        for index in 1..=hello.all_channels() {
             let mut channel = open(options, self.attempt, ChannelRole::Bulk(index), &self.cancel)?;
             channel.send(&Message::Join { index }).map_err(lost)?;
             match channel.recv_message().map_err(lost)? {
@@ -89,26 +111,80 @@ impl Link {
                 other => return Err(lost(channel.receiver().unexpected(&other, "JOINED"))),
             }
             self.stats.push(channel.stats().clone());
-            self.bulk.push(channel.split().0);
+            let sender = channel.split().0;
+            if index > hello.channels {
+                self.urgent = Some(sender);
+            } else {
+                self.bulk.push(sender);
+            }
         }
-        if channels > 0 {
-            self.heartbeat = Some(Heartbeat::start(self.bulk.clone(), self.patience).map_err(here)?);
+        let all: Vec<Sender> = self.bulk.iter().chain(&self.urgent).cloned().collect();
+        if !all.is_empty() {
+            self.heartbeat = Some(Heartbeat::start(all, self.patience).map_err(here)?);
         }
+        Ok(())
+    }
+
+    /// Starts a worker on each bulk channel, which takes its work from `bulk`.
+    pub fn start_passes(&self, bulk: &Bulk, events: &EventSender<Event>) -> Result<(), MigrateError> {
+        self.on_bulk_channels(events, |sender, limiter| {
+            let bulk = bulk.clone();
+            move || {
+                let result = bulk::work(&sender, &bulk.queue, &bulk.views, &bulk.counters, &limiter);
+                if result.is_err() {
+                    bulk.queue.stop();
+                }
+                result
+            }
+        })
+    }
+
+    /// From here on page requests are answered from what `server` owes.
+    pub fn serve(&self, server: &Arc<PageServer>, bulk: &Bulk) {
+        let urgent = self.urgent.as_ref().unwrap_or(self.main.sender()).clone();
+        let _ = self.serving.set(Serving { server: server.clone(), bulk: bulk.clone(), urgent });
+    }
+
+    /// Answers requests that came before anybody could.
+    pub fn answer(&self, pages: &[u64]) -> Result<(), MigrateError> {
+        match self.serving.get() {
+            Some(s) => s.server.answer(pages, &s.urgent, &s.bulk.views, &s.bulk.counters).map_err(here),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends what `server` owes in the background.
+    pub fn start_push(
+        &self,
+        server: &Arc<PageServer>,
+        bulk: &Bulk,
+        events: &EventSender<Event>,
+    ) -> Result<(), MigrateError> {
+        self.on_bulk_channels(events, |sender, limiter| {
+            let (server, bulk) = (server.clone(), bulk.clone());
+            move || server.push(&sender, &bulk.views, &bulk.counters, &limiter)
+        })
+    }
+
+    /// Runs what `make` gives on a thread for each bulk channel; its error is the link's.
+    fn on_bulk_channels<W>(
+        &self,
+        events: &EventSender<Event>,
+        make: impl Fn(Sender, RateLimiter) -> W,
+    ) -> Result<(), MigrateError>
+    where
+        W: FnOnce() -> Result<(), WorkError> + Send + 'static,
+    {
         let senders = if self.bulk.is_empty() { vec![self.main.sender().clone()] } else { self.bulk.clone() };
         for sender in senders {
-            let (bulk, limiter, events, epoch) =
-                (bulk.clone(), self.limiter.clone(), events.clone(), self.attempt.epoch);
-            std::thread::Builder::new()
-                .name("bulk".to_owned())
-                .spawn(move || {
-                    if let Err(error) =
-                        bulk::work(&sender, &bulk.queue, &bulk.views, &bulk.counters, &limiter)
-                    {
-                        let _ = events.send(Event::Lost(epoch, error.to_string()));
-                        bulk.queue.stop();
-                    }
-                })
-                .map_err(here)?;
+            let work = make(sender, self.limiter.clone());
+            let (events, epoch) = (events.clone(), self.attempt.epoch);
+            let run = move || {
+                if let Err(error) = work() {
+                    let _ = events.send(Event::Lost(epoch, error.to_string()));
+                }
+            };
+            std::thread::Builder::new().name("bulk".to_owned()).spawn(run).map_err(here)?;
         }
         Ok(())
     }
@@ -133,10 +209,16 @@ impl Link {
     /// Ends the connection: what was sent before still arrives.
     pub fn close(self) {
         drop(self.heartbeat);
-        for sender in &self.bulk {
+        for sender in self.bulk.iter().chain(&self.urgent) {
             sender.close();
         }
         self.main.close();
+    }
+
+    /// Ends the connection and every wait on it now.
+    pub fn cut(self) {
+        self.cancel.cancel("the connection is over");
+        self.main.cut();
     }
 }
 
@@ -156,9 +238,17 @@ fn open(
 }
 
 /// Passes on what comes on the main channel, until it ends.
-fn read_main(mut receiver: Receiver, epoch: u32, events: &EventSender<Event>) {
+fn read_main(mut receiver: Receiver, epoch: u32, serving: &OnceLock<Serving>, events: &EventSender<Event>) {
     loop {
         let event = match receiver.recv_message() {
+            // Answered on the spot: somebody waits.
+            Ok(Message::PageRequest(pages)) if serving.get().is_some() => {
+                let Some(s) = serving.get() else { continue };
+                match s.server.answer(&pages, &s.urgent, &s.bulk.views, &s.bulk.counters) {
+                    Ok(()) => continue,
+                    Err(error) => Event::Lost(epoch, error.to_string()),
+                }
+            }
             Ok(message) => Event::Main(epoch, message),
             Err(error) => Event::Lost(epoch, error.to_string()),
         };

@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::transport::Address;
 
-use super::convergence::Policy;
+use super::convergence::{Mode, OnTimeout, Policy};
 use super::host::HostOptions;
+use super::postcopy::latency::Latency;
 
 /// Everything that `vmsend` is told.
 #[derive(Clone, Debug)]
@@ -27,12 +28,20 @@ pub struct SendOptions {
     pub peer_timeout: Duration,
     /// How long connecting may take.
     pub connect_timeout: Duration,
-    /// How long to try to reach a destination that may or may not have taken the guest over.
-    pub recover_timeout: Duration,
+    /// How long to try to reach a destination that may or may not have taken the guest over; `None`:
+    /// for ever once it is known to run there and pages are owed, a minute before that.
+    pub recover_timeout: Option<Duration>,
     /// When to switch over.
     pub policy: Policy,
     /// Bytes per second over all channels, 0 for no limit.
     pub bandwidth_limit: u64,
+}
+
+impl SendOptions {
+    /// Whether pages may come after the guest.
+    pub fn wants_postcopy(&self) -> bool {
+        self.policy.mode != Mode::Precopy || self.policy.on_timeout == OnTimeout::Postcopy
+    }
 }
 
 /// Everything that `vmrecv` is told.
@@ -63,6 +72,8 @@ pub struct Arrived {
     pub data_pages: u64,
     /// Pages told to be zero, repetitions included.
     pub zero_pages: u64,
+    /// After postcopy: how long the guest waited for pages.
+    pub latency: Option<Latency>,
     /// BLAKE3 of RAM that both sides agree on, with `--verify`.
     pub digest: Option<String>,
 }

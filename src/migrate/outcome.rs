@@ -139,6 +139,10 @@ pub struct Summary {
     pub data_pages: u64,
     /// Pages told to be zero, holes included.
     pub zero_pages: u64,
+    /// With postcopy: pages that came after the guest.
+    pub postcopy_pages: Option<u64>,
+    /// With postcopy: how long the guest waited for pages, as the destination has measured it.
+    pub latency: Option<serde_json::Value>,
     /// Bulk channels.
     pub channels: u32,
     /// BLAKE3 of RAM that both sides agree on, with `--verify`.

@@ -2,9 +2,11 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use crate::memory::{AtomicPageSet, PageRun};
+use crate::memory::{AtomicPageSet, PageRun, PageSet};
 
+use super::postcopy::pager::Pager;
 use super::ram::Ram;
 
 /// Writes what arrives into the guest's RAM and keeps count. Shared by all channels; that two of
@@ -20,6 +22,8 @@ pub struct Placer {
     covered_pages: AtomicU64,
     data_pages: AtomicU64,
     zero_pages: AtomicU64,
+    /// From the switchover of a postcopy on: the guest can see its RAM, and pages appear whole.
+    pager: OnceLock<Arc<Pager>>,
 }
 
 impl Placer {
@@ -33,7 +37,21 @@ impl Placer {
             covered_pages: AtomicU64::new(0),
             data_pages: AtomicU64::new(0),
             zero_pages: AtomicU64::new(0),
+            pager: OnceLock::new(),
         }
+    }
+
+    /// From here on every page is put into place by `pager`.
+    pub fn page_with(&self, pager: Arc<Pager>) {
+        let _ = self.pager.set(pager);
+    }
+
+    /// Throws away what was placed of `pages`: they come again.
+    pub fn discard(&self, pages: &PageSet) -> io::Result<()> {
+        for run in pages.runs().filter(|run| self.written.intersects(*run)) {
+            self.for_spans(run, |span| self.ram.zero(span))?;
+        }
+        Ok(())
     }
 
     /// The RAM.
@@ -44,6 +62,9 @@ impl Placer {
     /// Puts `data` (whole pages) to the pages from `run.first` on; `data` fills `run` exactly, and
     /// `run` is inside the RAM map.
     pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
+        if let Some(pager) = self.pager.get() {
+            return pager.place(run, data);
+        }
         self.written.insert_run(run);
         let mut rest = data;
         self.for_spans(run, |span| {
@@ -58,6 +79,9 @@ impl Placer {
 
     /// Makes the pages of `run` zero; costs nothing where nothing was written before.
     pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
+        if let Some(pager) = self.pager.get() {
+            return pager.place_zero(run);
+        }
         if self.written.intersects(run) {
             for stale in self.written.take_run(run).runs() {
                 self.for_spans(stale, |span| self.ram.zero(span))?;

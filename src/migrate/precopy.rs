@@ -56,6 +56,15 @@ pub struct Bulk {
 }
 
 impl Bulk {
+    /// For the RAM that `views` shows, with room for `chunks` pieces of work.
+    pub fn new(views: Views, chunks: usize) -> Self {
+        Self {
+            queue: Arc::new(PassQueue::new(chunks)),
+            views: Arc::new(views),
+            counters: Arc::new(Counters::default()),
+        }
+    }
+
     /// Sends one pass and waits until the receiver has placed it. `dirty_after_pages` of the report
     /// is for the caller to fill in.
     pub fn run_pass(&self, pass: &Pass, conductor: &mut impl Conductor) -> Result<PassReport, MigrateError> {

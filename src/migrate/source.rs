@@ -7,21 +7,22 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::control::RunState;
 use crate::control::mover::MoverProgress;
-use crate::memory::{PAGE_BYTES, PageRun, PageSet};
+use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet};
 use crate::switchover::Attempt;
 use crate::wire::{self, Message};
 
-use super::bulk::{Counters, Views};
-use super::convergence::{Decision, PassReport, decide, expected_downtime};
+use super::bulk::Views;
+use super::convergence::{Decision, Mode, PassReport, decide, expected_downtime};
 use super::link::{Event, Link};
 use super::options::SendOptions;
 use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
+use super::postcopy::server::PageServer;
 use super::precopy::{Bulk, Conductor, Pass};
-use super::queue::PassQueue;
 use super::report::Observer;
 use super::settings::{Settings, Stop};
 use super::source_vm::SourceVm;
@@ -32,6 +33,21 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 const QUEUE_CHUNKS_PER_CHANNEL: usize = 4;
 /// What the switchover is expected to cost beside the last pass, before it was ever measured.
 const FIXED_COST: Duration = Duration::from_millis(5);
+
+/// How the guest is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// What is left goes in one pass while the guest stands still.
+    LastPass {
+        /// Its number.
+        number: u32,
+    },
+    /// What is left goes after the guest.
+    Postcopy {
+        /// Passes that were made before; 0: nothing was sent.
+        after_pass: u32,
+    },
+}
 
 /// A migration under way, on the source's side.
 pub struct Migration<'a> {
@@ -51,6 +67,11 @@ pub struct Migration<'a> {
     pub(super) paused: bool,
     pub(super) downtime: Downtime,
     pub(super) digest: Option<String>,
+    /// Postcopy: what is owed to the guest that runs at the destination.
+    pub(super) server: Option<Arc<PageServer>>,
+    pub(super) latency: Option<serde_json::Value>,
+    may_postcopy: bool,
+    hashing: Option<JoinHandle<std::io::Result<String>>>,
     last_progress: Instant,
     pass_started: (Instant, u64),
 }
@@ -76,7 +97,11 @@ pub fn send(
         resume: false,
         superseded: attached.superseded,
         channels,
-        features: vec![],
+        features: if options.wants_postcopy() {
+            vec![format!("{}{}", wire::MUST_PREFIX, wire::POSTCOPY)]
+        } else {
+            vec![]
+        },
         verify: options.verify,
         peer_timeout_ms: options.peer_timeout.as_millis() as u64,
     };
@@ -115,6 +140,10 @@ impl<'a> Migration<'a> {
             paused: false,
             downtime: Downtime::default(),
             digest: None,
+            server: None,
+            latency: None,
+            may_postcopy: false,
+            hashing: None,
             last_progress: Instant::now(),
             pass_started: (Instant::now(), 0),
         }
@@ -123,31 +152,35 @@ impl<'a> Migration<'a> {
     fn run(&mut self, machine: &crate::state::MachineDescription) -> Result<Summary, MigrateError> {
         self.connect(machine)?;
         self.phase = "precopy";
-        let last_pass = self.precopy()?;
-        self.hand_over(last_pass)
+        let finish = match self.settings.policy().mode {
+            Mode::Postcopy => Finish::Postcopy { after_pass: 0 },
+            Mode::Precopy | Mode::Hybrid => self.precopy()?,
+        };
+        self.hand_over(finish)
     }
 
     /// Connects, has the machine accepted, and opens the bulk channels. The guest is untouched.
     fn connect(&mut self, machine: &crate::state::MachineDescription) -> Result<(), MigrateError> {
         let (link, ack) = Link::connect(self.options, self.attempt, &self.hello, &self.events)?;
         self.observer.note(&format!("connected to {} ({})", ack.host, self.options.dest));
+        self.may_postcopy = ack.features.iter().any(|f| f == wire::POSTCOPY);
         self.link = Some(link);
         self.say(&Message::Machine(wire::JsonBody::of(machine).map_err(here)?));
         self.await_message("the machine to be accepted", |message| {
             matches!(message, Message::Accepted).then_some(())
         })?;
         let views = Views::new(self.vm.ram().map_err(here)?).map_err(here)?;
-        let queue = Arc::new(PassQueue::new(QUEUE_CHUNKS_PER_CHANNEL * self.hello.channels.max(1) as usize));
-        let bulk = Bulk { queue, views: Arc::new(views), counters: Arc::new(Counters::default()) };
+        let bulk = Bulk::new(views, QUEUE_CHUNKS_PER_CHANNEL * self.hello.channels.max(1) as usize);
         if let Some(link) = &mut self.link {
-            link.open_bulk(self.options, self.hello.channels, &bulk, &self.events)?;
+            link.open_channels(self.options, &self.hello)?;
+            link.start_passes(&bulk, &self.events)?;
         }
         self.bulk = Some(bulk);
         Ok(())
     }
 
-    /// Passes until the policy says to switch over; gives the number of the last, paused pass.
-    fn precopy(&mut self) -> Result<u32, MigrateError> {
+    /// Passes until the policy says to switch over, and how.
+    fn precopy(&mut self) -> Result<Finish, MigrateError> {
         let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
         let total = bulk.views.ram().map().total_pages();
         self.vm.dirty_start().map_err(here)?;
@@ -164,7 +197,11 @@ impl<'a> Migration<'a> {
             self.tick_now(number, set.count());
             match decide(&self.history, self.started.elapsed(), FIXED_COST, &self.settings.policy()) {
                 Decision::Continue => {}
-                Decision::SwitchOver => return Ok(number + 1),
+                Decision::SwitchOver => return Ok(Finish::LastPass { number: number + 1 }),
+                Decision::PostcopyNow if self.may_postcopy => {
+                    return Ok(Finish::Postcopy { after_pass: number });
+                }
+                Decision::PostcopyNow => return Err(here("the destination cannot do postcopy")),
                 Decision::GiveUp(why) => {
                     return Err(MigrateError::new(Ending::NotConverged, Side::Source, why));
                 }
@@ -172,10 +209,10 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Pauses the guest and sends all that is left. From here on the clock of the downtime runs.
-    pub(super) fn stop_and_copy(&mut self, number: u32) -> Result<(), MigrateError> {
+    /// Pauses the guest, and sends all that is left or says what comes later. From here on the clock
+    /// of the downtime runs.
+    pub(super) fn stop(&mut self, finish: Finish) -> Result<(), MigrateError> {
         let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
-        let total = bulk.views.ram().map().total_pages();
         let mut clock = Instant::now();
         let mut lap = move || {
             let elapsed = clock.elapsed();
@@ -190,30 +227,70 @@ impl<'a> Migration<'a> {
         let state = self.vm.export().map_err(here)?;
         self.downtime.export_ms = lap();
         // Saving may itself have dirtied pages: the last take comes after it (D1).
-        let set = self.vm.dirty_take(total).map_err(here)?;
-        let digest = self.options.verify.then(|| {
-            let views = bulk.views.clone();
-            std::thread::spawn(move || views.ram().digest())
-        });
+        let left = self.left(finish, &bulk)?;
         self.say(&Message::State(state));
-        let pass = Pass { number, set: &set, guest_runs: false, first: false };
-        bulk.run_pass(&pass, self)?;
-        self.downtime.last_pass_ms = lap();
-        if let Some(hashing) = digest {
+        let postcopy = matches!(finish, Finish::Postcopy { .. });
+        match finish {
+            Finish::LastPass { number } => {
+                self.last_pass(number, &left, &bulk)?;
+                self.downtime.last_pass_ms = lap();
+                self.await_digest()?;
+                self.downtime.verify_ms = lap();
+            }
+            Finish::Postcopy { .. } => {
+                self.owe(&left, &bulk);
+                self.downtime.last_pass_ms = lap();
+            }
+        }
+        let (pages, zero_pages) = bulk.counters.get();
+        let (passes, digest) = (self.history.len() as u32 + u32::from(!postcopy), self.digest.clone());
+        self.say(&Message::End(wire::End { passes, pages, zero_pages, digest, stays_paused, postcopy }));
+        Ok(())
+    }
+
+    /// The pages that the destination has not, or has stale.
+    fn left(&mut self, finish: Finish, bulk: &Bulk) -> Result<PageSet, MigrateError> {
+        let total = bulk.views.ram().map().total_pages();
+        if finish != (Finish::Postcopy { after_pass: 0 }) {
+            return self.vm.dirty_take(total).map_err(here);
+        }
+        let mut set = PageSet::new(total);
+        for run in bulk.views.ram().resident(PageIndex(0), total).map_err(here)? {
+            set.insert_run(run);
+        }
+        Ok(set)
+    }
+
+    /// Sends the last pass while the guest stands still, hashing meanwhile if that is wanted.
+    fn last_pass(&mut self, number: u32, set: &PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
+        if self.options.verify {
+            let views = bulk.views.clone();
+            self.hashing = Some(std::thread::spawn(move || views.ram().digest()));
+        }
+        let pass = Pass { number, set, guest_runs: false, first: false };
+        bulk.run_pass(&pass, self).map(drop)
+    }
+
+    fn await_digest(&mut self) -> Result<(), MigrateError> {
+        if let Some(hashing) = self.hashing.take() {
             let digest = hashing.join().map_err(|_| here("hashing RAM panicked"))?.map_err(here)?;
             self.digest = Some(digest);
         }
-        self.downtime.verify_ms = lap();
-        let (pages, zero_pages) = bulk.counters.get();
-        self.say(&Message::End(wire::End {
-            passes: number,
-            pages,
-            zero_pages,
-            digest: self.digest.clone(),
-            stays_paused,
-            postcopy: false,
-        }));
         Ok(())
+    }
+
+    /// Says which pages come later, and answers requests for them from here on.
+    fn owe(&mut self, left: &PageSet, bulk: &Bulk) {
+        for part in wire::PageBitmap::parts(left.words()) {
+            self.say(&Message::Missing(part));
+        }
+        // The workers of the passes are done; the background push comes after RUNNING.
+        bulk.queue.stop();
+        let server = Arc::new(PageServer::new(left));
+        if let Some(link) = &self.link {
+            link.serve(&server, bulk);
+        }
+        self.server = Some(server);
     }
 
     /// Before the fence: the guest goes on here, and the other side hears why.
@@ -341,7 +418,9 @@ impl<'a> Migration<'a> {
             ending: Ending::Moved,
             session: self.attempt.session.to_string(),
             total_ms: ms(self.started.elapsed()),
-            passes: self.history.len() as u32 + 1,
+            passes: self.history.len() as u32 + u32::from(self.server.is_none()),
+            postcopy_pages: self.server.as_ref().map(|s| s.initially_owed()),
+            latency: self.latency.clone(),
             memory_bytes: self.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_bytes()),
             wire_bytes: self.link.as_ref().map_or(0, Link::bytes_sent),
             data_pages,

@@ -9,6 +9,9 @@ pub const VERSION: u32 = 1;
 /// it, the feature is merely left out.
 pub const MUST_PREFIX: &str = "must:";
 
+/// The feature by which pages may come after the guest.
+pub const POSTCOPY: &str = "postcopy";
+
 /// The most features that a HELLO may list.
 const MAX_FEATURES: usize = 256;
 
@@ -24,9 +27,9 @@ pub struct Supported {
 }
 
 impl Default for Supported {
-    /// [`VERSION`] alone, and no features: there are none yet.
+    /// [`VERSION`] alone, and every feature there is.
     fn default() -> Self {
-        Self { version_min: VERSION, version_max: VERSION, features: Vec::new() }
+        Self { version_min: VERSION, version_max: VERSION, features: vec![POSTCOPY.to_owned()] }
     }
 }
 

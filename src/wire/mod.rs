@@ -12,7 +12,7 @@ mod pages;
 mod payload;
 
 pub use header::{FrameType, HEADER_BYTES, Header, HeaderError, MAGIC};
-pub use hello::{Agreed, MUST_PREFIX, Supported, VERSION, negotiate};
+pub use hello::{Agreed, MUST_PREFIX, POSTCOPY, Supported, VERSION, negotiate};
 pub use message::{JsonBody, Message, MessageError};
 pub use pages::{PAGES_HEAD_BYTES, RUN_BYTES, Run, RunKind, RunTable, TableError};
 pub use payload::{

@@ -38,6 +38,33 @@ pub struct Hello {
     pub peer_timeout_ms: u64,
 }
 
+impl Hello {
+    /// For a receiver that has taken over a guest and has not heard its source yet.
+    pub fn unknown(vm_uuid: String, vm_name: String) -> Self {
+        Self {
+            version_min: 0,
+            version_max: 0,
+            release: String::new(),
+            host: String::new(),
+            vm_uuid,
+            vm_name,
+            resume: true,
+            superseded: None,
+            channels: 0,
+            features: Vec::new(),
+            verify: false,
+            peer_timeout_ms: u64::MAX,
+        }
+    }
+
+    /// Bulk channels, and with postcopy the urgent one, which comes last.
+    pub fn all_channels(&self) -> u32 {
+        let urgent = self.channels > 0
+            && self.features.iter().any(|f| f.trim_start_matches("must:") == super::POSTCOPY);
+        self.channels.saturating_add(u32::from(urgent))
+    }
+}
+
 /// D→S: what was agreed on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HelloAck {
@@ -209,6 +236,9 @@ pub struct Done {
     pub zero_pages: u64,
     /// With `verify`: the digest of RAM, in hexadecimal.
     pub digest: Option<String>,
+    /// D→S after postcopy: how long the guest waited for pages, for the summary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<serde_json::Value>,
 }
 
 /// A part of a set of pages: bit `n` of word `w` is page `first + 64 * w + n`.

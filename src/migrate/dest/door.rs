@@ -1,7 +1,5 @@
 //! Who comes in: the first connection, more channels, the source coming back, somebody else.
 
-use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::control::Status;
@@ -12,7 +10,7 @@ use crate::switchover::{Attempt, DestInput, DestStep, Ownership};
 use crate::transport::Channel;
 use crate::wire::{self, Message, Refused, RefusedCode, ResumePhase, Supported};
 
-use super::{Arrival, Event, MigrateError, PassBegan, Session, failed};
+use super::{Arrival, Event, MigrateError, Session, failed};
 
 impl Arrival<'_> {
     /// A new connection: the first, one more channel, the source coming back, or somebody else.
@@ -71,23 +69,7 @@ impl Arrival<'_> {
         self.started = Instant::now();
         self.observer.note(&format!("receiving {:?} from {}", hello.vm_name, hello.host));
         let ack = self.hello_ack(&agreed, None);
-        let session = Session {
-            attempt,
-            hello,
-            main: None,
-            bulk: HashMap::new(),
-            placer: Arc::new(OnceLock::new()),
-            barriers: HashMap::new(),
-            pass_began: PassBegan { data_pages: 0, zero_pages: 0, at: Instant::now() },
-            state: None,
-            digest: None,
-            stays_paused: false,
-            ready: wire::Ready::default(),
-            run_us: 0,
-            waiting_since: None,
-            run_passed_on: false,
-        };
-        self.session = Some(session);
+        self.session = Some(Session::new(attempt, hello));
         self.step = DestStep::Loading;
         self.connect_main(attempt, channel, ack)
     }
@@ -127,6 +109,10 @@ impl Arrival<'_> {
             old.cut();
         }
         session.waiting_since = None;
+        session.hello = hello.clone();
+        for (_, sender) in session.bulk.drain() {
+            sender.cancel_token().cancel("the source has come back on a new connection");
+        }
         let phase = match self.step {
             DestStep::Loading => ResumePhase::Loading,
             DestStep::InDoubt => ResumePhase::InDoubt,
@@ -136,6 +122,7 @@ impl Arrival<'_> {
         self.observer.note(&format!("{} has come back (epoch {})", hello.host, attempt.epoch));
         let ack = self.hello_ack(&wire::Agreed { version: wire::VERSION, features: vec![] }, Some(phase));
         self.connect_main(attempt, channel, ack)?;
+        self.fetch_on();
         self.input(DestInput::Reconnected)
     }
 
@@ -151,8 +138,7 @@ impl Arrival<'_> {
         let (line, receiver) = MainLine::start(channel, patience).map_err(failed)?;
         let placer = session.placer.clone();
         let events = self.events.clone();
-        let epoch = attempt.epoch;
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Main(epoch, b)));
+        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Main(attempt, b)));
         let sent = line.send(&Message::HelloAck(ack));
         session.main = Some(line);
         if let Err(error) = sent { self.on_lost(&error.to_string()) } else { Ok(()) }
@@ -165,17 +151,19 @@ impl Arrival<'_> {
         channel: Channel,
     ) -> Result<(), MigrateError> {
         let expected = self.session.as_ref().is_some_and(|s| {
-            s.attempt == attempt && (1..=s.hello.channels).contains(&index) && !s.bulk.contains_key(&index)
+            s.attempt == attempt
+                && (1..=s.hello.all_channels()).contains(&index)
+                && !s.bulk.contains_key(&index)
+                && (self.step == DestStep::Loading || s.fetching() > 0)
         });
-        let Some(session) = self.session.as_mut().filter(|_| expected && self.step == DestStep::Loading)
-        else {
+        let Some(session) = self.session.as_mut().filter(|_| expected) else {
             refuse(channel, RefusedCode::Session, "no such channel is expected here");
             return Ok(());
         };
         let (sender, receiver) = channel.split();
         let placer = session.placer.clone();
         let events = self.events.clone();
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Bulk(attempt.epoch, b)));
+        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Bulk(attempt, b)));
         let sent = sender.send(&Message::Joined { index });
         session.bulk.insert(index, sender);
         if let Err(error) = sent { self.on_bulk_lost(&error.to_string()) } else { Ok(()) }
@@ -189,7 +177,7 @@ impl Arrival<'_> {
             release: env!("CARGO_PKG_VERSION").to_owned(),
             host: host_name(),
             peer_timeout_ms: self.options.peer_timeout.as_millis() as u64,
-            fetching: false,
+            fetching: self.session.as_ref().is_some_and(|s| s.fetching() > 0),
         }
     }
 }

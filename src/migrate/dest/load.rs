@@ -81,14 +81,12 @@ impl Arrival<'_> {
             return self.fail("END before the machine and its state");
         };
         let counts = placer.counts();
-        if counts != (end.pages, end.zero_pages) || placer.missing() > 0 {
+        // In postcopy a page that was never told is missing, or a hole of the source's.
+        let never_told = if end.postcopy { 0 } else { placer.missing() };
+        if counts != (end.pages, end.zero_pages) || never_told > 0 {
             let why = format!(
                 "pages are missing: the source sent {} and {} zero pages, {} and {} were placed; {} were never told",
-                end.pages,
-                end.zero_pages,
-                counts.0,
-                counts.1,
-                placer.missing()
+                end.pages, end.zero_pages, counts.0, counts.1, never_told
             );
             return self.fail(why);
         }
@@ -102,6 +100,12 @@ impl Arrival<'_> {
                 Err(error) => return self.fail(error),
             }
         }
+        if end.postcopy
+            && let Err(error) = self.arm()
+        {
+            return self.fail(error);
+        }
+        let Some(session) = &self.session else { return Ok(()) };
         let client = match self.host.second() {
             Ok(client) => client,
             Err(error) => return self.fail(error),

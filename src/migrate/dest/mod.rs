@@ -5,13 +5,14 @@
 //! decided by [`DestStep`]; who owns the guest, by the `vmrun` that it drives.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender, channel};
 use std::time::{Duration, Instant};
 
 use crate::control::{ClientError, Imported};
 use crate::switchover::{Attempt, DestInput, DestStep};
-use crate::transport::Sender;
+use crate::transport::{Address, Sender};
 use crate::wire::{self, Message};
 
 use super::host::Host;
@@ -19,13 +20,17 @@ use super::intake::{Caller, Intake};
 use super::options::{Arrived, ReceiveOptions};
 use super::outcome::{Ending, MigrateError, Side};
 use super::placer::Placer;
+use super::postcopy::pager::Pager;
 use super::pump::{Brought, PlacerSlot};
 use super::report::Observer;
 use super::wires::MainLine;
 
 mod door;
+mod fetch;
 mod load;
 mod switch;
+
+use fetch::TakenOver;
 
 /// How often the conductor looks after its `vmrun` and shows progress.
 const TICK: Duration = Duration::from_millis(100);
@@ -35,10 +40,12 @@ const TICK: Duration = Duration::from_millis(100);
 pub enum Event {
     /// Somebody has connected and said HELLO or JOIN.
     Caller(Caller),
-    /// From the main channel of the connection with this epoch.
-    Main(u32, Brought),
-    /// From a bulk channel of the connection with this epoch.
-    Bulk(u32, Brought),
+    /// From the main channel of the connection of this attempt.
+    Main(Attempt, Brought),
+    /// From a further channel of the connection of this attempt.
+    Bulk(Attempt, Brought),
+    /// Postcopy: the last missing page has come.
+    AllPresent,
     /// The import has ended.
     Imported(Result<Imported, ClientError>),
 }
@@ -51,25 +58,54 @@ pub fn receive(
     signal: &AtomicUsize,
     observer: &mut dyn Observer,
 ) -> Result<Arrived, MigrateError> {
-    let (events, inbox) = channel();
     let mut host = Host::open(&options.host)?;
     host.check_empty()?;
-    let intake =
-        Intake::open(options, events.clone()).map_err(|e| failed(format!("{}: {e}", options.listen)))?;
+    take_in(options, signal, observer, host, None)
+}
+
+/// Takes over from a receiver that has died: from its `vmrun`, with the guest that is acknowledged
+/// or runs there and the set of pages that are present.
+pub fn resume(
+    options: &ReceiveOptions,
+    listen: Option<Address>,
+    signal: &AtomicUsize,
+    observer: &mut dyn Observer,
+) -> Result<Arrived, MigrateError> {
+    let mut host = Host::open(&options.host)?;
+    let taken = fetch::take_over(&mut host)?;
+    let mut options = options.clone();
+    options.listen = match (listen, &taken.listen) {
+        (Some(listen), _) => listen,
+        (None, Some(recorded)) => recorded.parse().map_err(failed)?,
+        (None, None) => return Err(failed("nobody has recorded where to listen: say LISTEN")),
+    };
+    take_in(&options, signal, observer, host, Some(taken))
+}
+
+fn take_in(
+    options: &ReceiveOptions,
+    signal: &AtomicUsize,
+    observer: &mut dyn Observer,
+    mut host: Host,
+    mut taken: Option<TakenOver>,
+) -> Result<Arrived, MigrateError> {
+    let (events, inbox) = channel();
+    let intake = Intake::open(options, events.clone()).map_err(failed)?;
     observer.note(&format!("waiting for a machine at {}", intake.address()));
     loop {
-        let mut attempt = Arrival::new(options, signal, &mut host, &events, &inbox, observer);
-        let error = match attempt.conduct() {
+        let surroundings =
+            Surroundings { options, signal, events: &events, inbox: &inbox, address: intake.address() };
+        let mut arrival = Arrival::new(surroundings, &mut host, observer);
+        if let Some(taken) = taken.take() {
+            arrival.adopt(taken)?;
+        }
+        let error = match arrival.conduct() {
             Ok(arrived) => return Ok(arrived),
             Err(error) => error,
         };
-        let waits_on = !intake.is_single()
-            && matches!(error.ending, Ending::PeerFailed | Ending::Unsuitable | Ending::Failed);
-        if !waits_on {
-            if matches!(
-                error.ending,
-                Ending::PeerFailed | Ending::Unsuitable | Ending::Failed | Ending::Signalled(_)
-            ) {
+        let is_over = matches!(error.ending, Ending::PeerFailed | Ending::Unsuitable | Ending::Failed);
+        if intake.is_single() || !is_over {
+            if is_over || matches!(error.ending, Ending::Signalled(_)) {
                 host.close();
             }
             return Err(error);
@@ -82,13 +118,25 @@ pub fn receive(
     }
 }
 
+/// What all attempts of one receiver share.
+#[derive(Clone, Copy)]
+struct Surroundings<'a> {
+    options: &'a ReceiveOptions,
+    signal: &'a AtomicUsize,
+    events: &'a EventSender<Event>,
+    inbox: &'a EventReceiver<Event>,
+    /// Where we listen, with the port that was taken.
+    address: &'a Address,
+}
+
 /// One guest on its way in.
 struct Arrival<'a> {
     options: &'a ReceiveOptions,
     signal: &'a AtomicUsize,
-    host: &'a mut Host,
     events: &'a EventSender<Event>,
     inbox: &'a EventReceiver<Event>,
+    address: &'a Address,
+    host: &'a mut Host,
     observer: &'a mut dyn Observer,
     step: DestStep,
     session: Option<Session>,
@@ -115,9 +163,39 @@ struct Session {
     waiting_since: Option<Instant>,
     /// RUN was passed on to `vmrun`.
     run_passed_on: bool,
+    /// Postcopy: the pages that come after the guest, from the MISSING frames.
+    missing: Option<Vec<u64>>,
+    /// Postcopy: serves the guest's faults from END on.
+    pager: Option<Arc<Pager>>,
 }
 
 impl Session {
+    fn new(attempt: Attempt, hello: wire::Hello) -> Self {
+        Self {
+            attempt,
+            hello,
+            main: None,
+            bulk: HashMap::new(),
+            placer: PlacerSlot::default(),
+            barriers: HashMap::new(),
+            pass_began: PassBegan { data_pages: 0, zero_pages: 0, at: Instant::now() },
+            state: None,
+            digest: None,
+            stays_paused: false,
+            ready: wire::Ready::default(),
+            run_us: 0,
+            waiting_since: None,
+            run_passed_on: false,
+            missing: None,
+            pager: None,
+        }
+    }
+
+    /// Pages that have yet to come for the guest that is here.
+    fn fetching(&self) -> u64 {
+        self.pager.as_ref().map_or(0, |p| p.missing_pages())
+    }
+
     fn machine(&self) -> Option<&Placer> {
         self.placer.get().and_then(Option::as_ref)
     }
@@ -131,25 +209,10 @@ struct PassBegan {
 }
 
 impl<'a> Arrival<'a> {
-    fn new(
-        options: &'a ReceiveOptions,
-        signal: &'a AtomicUsize,
-        host: &'a mut Host,
-        events: &'a EventSender<Event>,
-        inbox: &'a EventReceiver<Event>,
-        observer: &'a mut dyn Observer,
-    ) -> Self {
-        Self {
-            options,
-            signal,
-            host,
-            events,
-            inbox,
-            observer,
-            step: DestStep::Loading,
-            session: None,
-            started: Instant::now(),
-        }
+    fn new(around: Surroundings<'a>, host: &'a mut Host, observer: &'a mut dyn Observer) -> Self {
+        let Surroundings { options, signal, events, inbox, address } = around;
+        let (step, started) = (DestStep::Loading, Instant::now());
+        Self { options, signal, events, inbox, address, host, observer, step, session: None, started }
     }
 
     /// Waits for events until the guest is here for good, or the attempt is over.
@@ -175,11 +238,11 @@ impl<'a> Arrival<'a> {
     fn on_event(&mut self, event: Event) -> Result<Option<Arrived>, MigrateError> {
         match event {
             Event::Caller(caller) => self.on_caller(caller).map(|()| None),
-            Event::Main(epoch, brought) if self.is_current(epoch) => match brought {
+            Event::Main(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(message) => self.on_message(message),
                 Brought::Lost(why) => self.on_lost(&why).map(|()| None),
             },
-            Event::Bulk(epoch, brought) if self.is_current(epoch) => match brought {
+            Event::Bulk(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(Message::Barrier { pass }) => self.on_barrier(pass).map(|()| None),
                 Brought::Message(other) => {
                     self.fail(format!("{} does not belong on a bulk channel", other.kind()))?;
@@ -188,12 +251,13 @@ impl<'a> Arrival<'a> {
                 Brought::Lost(why) => self.on_bulk_lost(&why).map(|()| None),
             },
             Event::Main(..) | Event::Bulk(..) => Ok(None),
+            Event::AllPresent => self.on_all_present().map(|()| None),
             Event::Imported(result) => self.on_imported(result).map(|()| None),
         }
     }
 
-    fn is_current(&self, epoch: u32) -> bool {
-        self.session.as_ref().is_some_and(|s| s.attempt.epoch == epoch && s.main.is_some())
+    fn is_current(&self, attempt: Attempt) -> bool {
+        self.session.as_ref().is_some_and(|s| s.attempt == attempt && s.main.is_some())
     }
 
     fn on_message(&mut self, message: Message) -> Result<Option<Arrived>, MigrateError> {
@@ -208,6 +272,7 @@ impl<'a> Arrival<'a> {
                 }
                 Ok(None)
             }
+            Message::Missing(part) if self.step == DestStep::Loading => self.on_missing(&part).map(|()| None),
             Message::End(end) if self.step == DestStep::Loading => self.on_end(&end).map(|()| None),
             Message::Run => self.input(DestInput::Run).map(|()| None),
             Message::Revoke => self.input(DestInput::Revoke).map(|()| None),

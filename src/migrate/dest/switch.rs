@@ -19,6 +19,9 @@ impl Arrival<'_> {
             if let Some(main) = session.main.take() {
                 main.cut();
             }
+            if let Some(pager) = &session.pager {
+                pager.disconnect();
+            }
             session.waiting_since = Some(Instant::now());
         }
         self.input(DestInput::LinkLost)?;
@@ -50,7 +53,15 @@ impl Arrival<'_> {
                 self.observer.note("not now: the guest is acknowledged and waits for the source's word");
                 Ok(())
             }
-            DestStep::Running => Ok(()),
+            DestStep::Running => {
+                let left = self.session.as_ref().map_or(0, Session::fetching);
+                if left > 0 {
+                    self.observer.note(&format!(
+                        "not now: the guest runs here and {left} of its pages have yet to come"
+                    ));
+                }
+                Ok(())
+            }
             _ => {
                 let _ = self.fail(format!("stopped by signal {signal}"));
                 Err(MigrateError::new(
@@ -73,7 +84,8 @@ impl Arrival<'_> {
         }
         let away = self.session.as_ref().and_then(|s| s.waiting_since).map(|since| since.elapsed());
         if let Some(away) = away {
-            if self.step == DestStep::Running && away > self.options.linger {
+            let fetching = self.session.as_ref().map_or(0, Session::fetching);
+            if self.step == DestStep::Running && fetching == 0 && away > self.options.linger {
                 self.observer.note("the source did not come back to take leave; the guest runs here");
                 return Ok(Some(self.finish(None)));
             }
@@ -124,6 +136,10 @@ impl Arrival<'_> {
             self.act(*action)?;
         }
         self.step = next;
+        if next == DestStep::Running && input == DestInput::Run {
+            // Every page may have come before it could run.
+            self.on_all_present()?;
+        }
         if next == DestStep::Refused && self.session.is_some() {
             self.drop_session();
             return Err(MigrateError::new(
@@ -188,6 +204,9 @@ impl Arrival<'_> {
         let Some(session) = self.session.take() else { return };
         // A pump that waits for the machine need not.
         let _ = session.placer.set(None);
+        if let Some(pager) = &session.pager {
+            pager.stop();
+        }
         let _ = self.host.client.revoke(session.attempt);
         if let Some(main) = session.main {
             main.close();
@@ -200,13 +219,21 @@ impl Arrival<'_> {
     /// The guest is here for good.
     pub(super) fn finish(&mut self, done: Option<&wire::Done>) -> Arrived {
         let session = self.session.take();
-        let counts = session.as_ref().and_then(Session::machine).map(Placer::counts).unwrap_or_default();
+        let before = session.as_ref().and_then(Session::machine).map(Placer::counts).unwrap_or_default();
+        let pager = session.as_ref().and_then(|s| s.pager.as_ref());
+        let after = pager.map(|p| p.counts()).unwrap_or_default();
+        let counts = (before.0 + after.0, before.1 + after.1);
+        let latency = pager.map(|p| p.latency());
         if let Some(session) = &session {
             if done.is_some()
                 && let Some(main) = &session.main
             {
-                let ours =
-                    wire::Done { pages: counts.0, zero_pages: counts.1, digest: session.digest.clone() };
+                let ours = wire::Done {
+                    pages: counts.0,
+                    zero_pages: counts.1,
+                    digest: session.digest.clone(),
+                    latency: None,
+                };
                 let _ = main.send(&Message::Done(ours));
                 main.end();
                 self.await_farewell();
@@ -222,6 +249,7 @@ impl Arrival<'_> {
             total_ms: ms(self.started.elapsed()),
             data_pages: counts.0,
             zero_pages: counts.1,
+            latency,
             digest: session.and_then(|s| s.digest),
         }
     }

@@ -1,0 +1,308 @@
+//! The receiver's pager: faults in, requests out, pages into place.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+
+use crate::control::Postcopy;
+use crate::memory::{GuestPhysAddr, PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap, VmmAddr};
+use crate::sys::bitmap::SharedBitmap;
+use crate::sys::uffd::{FaultFd, Placed};
+use crate::transport::Sender;
+use crate::wire::Message;
+use crate::wire::limits::MAX_REQUESTED_PAGES;
+
+use super::latency::{Histogram, Latency};
+
+/// How often the fault thread looks whether it is still wanted.
+const STEP_MS: u16 = 200;
+
+/// Serves the faults of a receiving `vmrun` until every page is present.
+#[derive(Debug)]
+pub struct Pager {
+    faults: FaultFd,
+    present: SharedBitmap,
+    map: RamMap,
+    addresses: Vec<VmmAddr>,
+    missing: AtomicU64,
+    /// Pages that were asked for and have not come, and since when somebody waits.
+    waiting: Mutex<HashMap<u64, Instant>>,
+    /// Where requests go while there is a connection.
+    line: Mutex<Option<Sender>>,
+    latency: Histogram,
+    data_pages: AtomicU64,
+    zero_pages: AtomicU64,
+    stop: AtomicBool,
+    complete: OnceLock<Complete>,
+}
+
+/// Whom to tell that every page is present.
+struct Complete(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Complete {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Complete")
+    }
+}
+
+impl Pager {
+    /// For RAM in which `missing` pages are to come, all others are present (or holes, which read as
+    /// zero). Writes the present set down before anything else happens.
+    pub fn new(
+        postcopy: &Postcopy,
+        uffd: OwnedFd,
+        present: OwnedFd,
+        missing: &PageSet,
+    ) -> io::Result<Arc<Self>> {
+        let pager = Self::adopt(postcopy, uffd, present)?;
+        for (word, missing) in pager.present.words().iter().zip(missing.words()) {
+            word.store(!missing, Ordering::Release);
+        }
+        let beyond = pager.map.total_pages();
+        debug_assert!(beyond.is_multiple_of(64), "RAM regions are multiples of 64 pages");
+        pager.missing.store(missing.count(), Ordering::Release);
+        Ok(Arc::new(pager))
+    }
+
+    /// For RAM whose present set an earlier receiver has kept.
+    pub fn resume(postcopy: &Postcopy, uffd: OwnedFd, present: OwnedFd) -> io::Result<Arc<Self>> {
+        let pager = Self::adopt(postcopy, uffd, present)?;
+        let there: u64 =
+            pager.present.words().iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum();
+        pager.missing.store(pager.map.total_pages().saturating_sub(there), Ordering::Release);
+        Ok(Arc::new(pager))
+    }
+
+    fn adopt(postcopy: &Postcopy, uffd: OwnedFd, present: OwnedFd) -> io::Result<Self> {
+        let map = postcopy.ram.map.clone();
+        let present = SharedBitmap::new(present, map.total_pages())?;
+        Ok(Self {
+            faults: FaultFd::from_fd(uffd),
+            present,
+            map,
+            addresses: postcopy.ram.vmm_addresses.clone(),
+            missing: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            line: Mutex::new(None),
+            latency: Histogram::default(),
+            data_pages: AtomicU64::new(0),
+            zero_pages: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            complete: OnceLock::new(),
+        })
+    }
+
+    /// Serves faults on a thread of its own until [`Pager::stop`]; calls `complete` when the last
+    /// missing page has come (at once when none is missing).
+    pub fn start(self: &Arc<Self>, complete: Box<dyn Fn() + Send + Sync>) -> io::Result<()> {
+        let _ = self.complete.set(Complete(complete));
+        self.tell_if_complete();
+        let pager = self.clone();
+        let serve = move || {
+            if let Err(error) = pager.serve() {
+                tracing::error!("page faults cannot be served any more: {error}");
+            }
+        };
+        std::thread::Builder::new().name("pager".to_owned()).spawn(serve).map(drop)
+    }
+
+    /// Ends the fault thread.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        *self.line() = None;
+    }
+
+    /// How many pages have not come.
+    pub fn missing_pages(&self) -> u64 {
+        self.missing.load(Ordering::Acquire)
+    }
+
+    /// How long was waited so far.
+    pub fn latency(&self) -> Latency {
+        self.latency.read()
+    }
+
+    /// Data pages and zero pages placed.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.data_pages.load(Ordering::Relaxed), self.zero_pages.load(Ordering::Relaxed))
+    }
+
+    /// The present set, for RECEIVED.
+    pub fn present_words(&self) -> Vec<u64> {
+        self.present.words().iter().map(|w| w.load(Ordering::Acquire)).collect()
+    }
+
+    /// A connection stands: requests go to `line`, those first that wait since before.
+    pub fn connect(&self, line: Sender) {
+        *self.line() = Some(line);
+        let waiting: Vec<u64> = self.waiting().keys().copied().collect();
+        self.request(waiting);
+    }
+
+    /// The connection is gone: requests wait for the next.
+    pub fn disconnect(&self) {
+        *self.line() = None;
+    }
+
+    /// Lets everyone who waits fault again, so that faults which an earlier receiver had read, and
+    /// took with it, are told of anew.
+    pub fn wake_all(&self) -> io::Result<()> {
+        for (region, address) in self.map.regions().iter().zip(&self.addresses) {
+            self.faults.wake(address.0, region.bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Puts `data` to the pages of `run`, each page whole and only where it is missing.
+    pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
+        self.data_pages.fetch_add(run.pages, Ordering::Relaxed);
+        let mut page = 0;
+        while page < run.pages {
+            let first = PageIndex(run.first.0 + page);
+            if self.present.get(first.0) {
+                page += 1;
+                continue;
+            }
+            let (address, room) = self.address(first)?;
+            // As far as pages are missing and the region goes.
+            let end = (page + 1..run.pages.min(page + room)).find(|p| self.present.get(run.first.0 + p));
+            let pages = end.unwrap_or(run.pages.min(page + room)) - page;
+            let bytes = &data[(page * PAGE_BYTES) as usize..((page + pages) * PAGE_BYTES) as usize];
+            let placed = match self.faults.copy(address, bytes)? {
+                Placed::Bytes(bytes) => (bytes / PAGE_BYTES).max(1),
+                // There already, though not marked: its receiver died between the two.
+                Placed::Exists => 1,
+            };
+            (0..placed).for_each(|p| self.arrived(first.0 + p));
+            page += placed;
+        }
+        Ok(())
+    }
+
+    /// Makes the pages of `run` zero where they are missing.
+    pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
+        self.zero_pages.fetch_add(run.pages, Ordering::Relaxed);
+        for page in run.first.0..run.first.0 + run.pages {
+            if !self.present.get(page) {
+                self.faults.zero(self.address(PageIndex(page))?.0)?;
+                self.arrived(page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks a page after it was placed (D2), and ends the wait for it.
+    fn arrived(&self, page: u64) {
+        // First the mark, then the wait: a fault that is read in between sees the mark.
+        let was_missing = self.present.set(page);
+        if let Some(since) = self.waiting().remove(&page) {
+            self.latency.add(since.elapsed());
+        }
+        if was_missing && self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.tell_if_complete();
+        }
+    }
+
+    fn tell_if_complete(&self) {
+        if self.missing_pages() == 0
+            && let Some(complete) = self.complete.get()
+        {
+            complete.0();
+        }
+    }
+
+    fn serve(&self) -> io::Result<()> {
+        while !self.stop.load(Ordering::Acquire) {
+            let mut fds = [PollFd::new(self.faults.as_fd(), PollFlags::POLLIN)];
+            match nix::poll::poll(&mut fds, STEP_MS) {
+                Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if fds[0].revents().is_some_and(|r| r.intersects(PollFlags::POLLERR | PollFlags::POLLHUP)) {
+                return Ok(());
+            }
+            let mut wanted = Vec::new();
+            for address in self.faults.read_faults()? {
+                if let Some(page) = self.page_at(address)
+                    && self.is_wanted(page, address)?
+                {
+                    wanted.push(page);
+                }
+            }
+            self.request(wanted);
+        }
+        Ok(())
+    }
+
+    /// Whether a fault needs a page from the source that was not asked for yet. A page that counts
+    /// as present is a hole of the source's, or came this moment: it is zero, or there.
+    fn is_wanted(&self, page: u64, address: u64) -> io::Result<bool> {
+        if self.present.get(page) {
+            if self.faults.zero(address)? == Placed::Exists {
+                self.faults.wake(address, PAGE_BYTES)?;
+            }
+            return Ok(false);
+        }
+        let is_new = match self.waiting().entry(page) {
+            std::collections::hash_map::Entry::Occupied(_) => false,
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(Instant::now());
+                true
+            }
+        };
+        if self.present.get(page) {
+            // It came between the two looks: whoever placed it may not have seen us waiting.
+            self.waiting().remove(&page);
+            self.faults.wake(address, PAGE_BYTES)?;
+            return Ok(false);
+        }
+        Ok(is_new)
+    }
+
+    /// Asks the source. Without a connection, or on one that fails, the next asks again.
+    fn request(&self, pages: Vec<u64>) {
+        let line = self.line().clone();
+        let Some(line) = line else { return };
+        for some in pages.chunks(MAX_REQUESTED_PAGES) {
+            if line.send(&Message::PageRequest(some.to_vec())).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Where `vmrun` has a page, and how many pages follow in its region, itself included.
+    fn address(&self, page: PageIndex) -> io::Result<(u64, u64)> {
+        let found = self.map.locate(page).and_then(|(region, offset)| {
+            let room = (self.map.regions()[region].bytes - offset) / PAGE_BYTES;
+            self.addresses.get(region).map(|address| (address.0 + offset, room))
+        });
+        found.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("{page} is beyond the RAM map"))
+        })
+    }
+
+    fn page_at(&self, address: u64) -> Option<u64> {
+        let mut regions = self.map.regions().iter().zip(&self.addresses);
+        let (region, start) = regions.find(|(r, a)| address >= a.0 && address - a.0 < r.bytes)?;
+        self.map.page_of(GuestPhysAddr(region.start.0 + (address - start.0))).map(|page| page.0)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn line(&self) -> MutexGuard<'_, Option<Sender>> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the oldest request has been waiting.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        self.waiting().values().map(Instant::elapsed).max()
+    }
+}
