@@ -131,7 +131,8 @@ pub struct Args {
     pub resume: bool,
 
     /// With --resume: ask for the guest back if the destination has not run it
-    #[arg(long, requires = "resume", help_heading = RECOVERY)]
+    // Both: clap waives a requirement that conflicts with what is given.
+    #[arg(long, requires = "resume", conflicts_with = "dest", help_heading = RECOVERY)]
     pub revoke: bool,
 
     /// Try this long to reach a destination that may have taken the guest over
