@@ -85,7 +85,7 @@ pub struct Args {
 
     /// Compare digests of all RAM before the switchover
     ///
-    /// The guest stands still meanwhile: about a second for each 2 GiB in use.
+    /// The guest stands still while both sides read all memory in use: seconds, for a few GiB.
     #[arg(long, help_heading = SWITCHOVER)]
     pub verify: bool,
 

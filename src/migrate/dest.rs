@@ -316,7 +316,9 @@ impl<'a> Arrival<'a> {
         ack: wire::HelloAck,
     ) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let (line, receiver) = MainLine::start(channel, self.options.peer_timeout).map_err(failed)?;
+        let theirs = Duration::from_millis(session.hello.peer_timeout_ms);
+        let shorter_timeout = self.options.peer_timeout.min(theirs);
+        let (line, receiver) = MainLine::start(channel, shorter_timeout).map_err(failed)?;
         let placer = session.placer.clone();
         let events = self.events.clone();
         let epoch = attempt.epoch;

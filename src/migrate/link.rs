@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender as EventSender;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::switchover::Attempt;
 use crate::transport::{
@@ -35,6 +35,8 @@ pub struct Link {
     heartbeat: Option<Heartbeat>,
     limiter: RateLimiter,
     stats: Vec<Arc<ChannelStats>>,
+    /// The shorter of the two sides' time-outs: signs of life have to satisfy both.
+    shorter_timeout: Duration,
     cancel: CancelToken,
     attempt: Attempt,
 }
@@ -61,11 +63,13 @@ impl Link {
             return Err(MigrateError::new(Ending::PeerFailed, Side::Destination, what));
         }
         let stats = vec![channel.stats().clone()];
-        let (main, receiver) = MainLine::start(channel, options.peer_timeout).map_err(here)?;
+        let shorter_timeout = options.peer_timeout.min(Duration::from_millis(ack.peer_timeout_ms));
+        let (main, receiver) = MainLine::start(channel, shorter_timeout).map_err(here)?;
         let to = events.clone();
         std::thread::spawn(move || read_main(receiver, attempt.epoch, &to));
         let limiter = RateLimiter::new(options.bandwidth_limit);
-        Ok((Self { main, bulk: vec![], heartbeat: None, limiter, stats, cancel, attempt }, ack))
+        let bulk = vec![];
+        Ok((Self { main, bulk, heartbeat: None, limiter, stats, shorter_timeout, cancel, attempt }, ack))
     }
 
     /// Opens `channels` bulk channels (none: pages go on the main channel) and starts a worker on
@@ -89,7 +93,7 @@ impl Link {
             self.bulk.push(channel.split().0);
         }
         if channels > 0 {
-            self.heartbeat = Some(Heartbeat::start(self.bulk.clone(), options.peer_timeout).map_err(here)?);
+            self.heartbeat = Some(Heartbeat::start(self.bulk.clone(), self.shorter_timeout).map_err(here)?);
         }
         let senders = if self.bulk.is_empty() { vec![self.main.sender().clone()] } else { self.bulk.clone() };
         for sender in senders {
