@@ -9,3 +9,5 @@ mod proxy;
 mod scene;
 
 mod happy;
+mod precopy;
+mod switchover;
