@@ -16,7 +16,7 @@ use super::bulk;
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, here};
 use super::precopy::Bulk;
-use super::wires::MainLine;
+use super::wires::{MainLine, shorter};
 
 /// What wakes the source's conductor. The number is the epoch of the connection.
 #[derive(Debug)]
@@ -37,6 +37,8 @@ pub struct Link {
     stats: Vec<Arc<ChannelStats>>,
     cancel: CancelToken,
     attempt: Attempt,
+    /// The shorter of both sides' time-outs.
+    patience: std::time::Duration,
 }
 
 impl Link {
@@ -61,11 +63,12 @@ impl Link {
             return Err(MigrateError::new(Ending::PeerFailed, Side::Destination, what));
         }
         let stats = vec![channel.stats().clone()];
-        let (main, receiver) = MainLine::start(channel, options.peer_timeout).map_err(here)?;
+        let patience = shorter(options.peer_timeout, ack.peer_timeout_ms);
+        let (main, receiver) = MainLine::start(channel, patience).map_err(here)?;
         let to = events.clone();
         std::thread::spawn(move || read_main(receiver, attempt.epoch, &to));
         let limiter = RateLimiter::new(options.bandwidth_limit);
-        Ok((Self { main, bulk: vec![], heartbeat: None, limiter, stats, cancel, attempt }, ack))
+        Ok((Self { main, bulk: vec![], heartbeat: None, limiter, stats, cancel, attempt, patience }, ack))
     }
 
     /// Opens `channels` bulk channels (none: pages go on the main channel) and starts a worker on
@@ -89,7 +92,7 @@ impl Link {
             self.bulk.push(channel.split().0);
         }
         if channels > 0 {
-            self.heartbeat = Some(Heartbeat::start(self.bulk.clone(), options.peer_timeout).map_err(here)?);
+            self.heartbeat = Some(Heartbeat::start(self.bulk.clone(), self.patience).map_err(here)?);
         }
         let senders = if self.bulk.is_empty() { vec![self.main.sender().clone()] } else { self.bulk.clone() };
         for sender in senders {

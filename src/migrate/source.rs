@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender};
 use std::time::{Duration, Instant};
 
+use crate::control::RunState;
 use crate::control::mover::MoverProgress;
 use crate::memory::{PAGE_BYTES, PageRun, PageSet};
 use crate::switchover::Attempt;
@@ -181,6 +182,8 @@ impl<'a> Migration<'a> {
             clock = Instant::now();
             ms(elapsed)
         };
+        // A guest that its operator has paused arrives paused.
+        let stays_paused = self.vm.client.status().map_err(here)?.run_state == RunState::Paused;
         self.paused = true;
         self.vm.client.pause(true).map_err(here)?;
         self.downtime.pause_ms = lap();
@@ -202,7 +205,14 @@ impl<'a> Migration<'a> {
         }
         self.downtime.verify_ms = lap();
         let (pages, zero_pages) = bulk.counters.get();
-        self.say(&Message::End(wire::End { passes: number, pages, zero_pages, digest: self.digest.clone() }));
+        self.say(&Message::End(wire::End {
+            passes: number,
+            pages,
+            zero_pages,
+            digest: self.digest.clone(),
+            stays_paused,
+            postcopy: false,
+        }));
         Ok(())
     }
 

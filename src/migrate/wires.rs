@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::switchover::SessionId;
 use crate::transport::{CancelToken, Channel, ChannelError, Heartbeat, Receiver, Sender};
 use crate::wire::Message;
+
+/// How long the last words of a connection may take to be read.
+pub const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The sending half of a main channel, kept alive by heartbeats until it is closed.
 #[derive(Debug)]
@@ -17,7 +20,8 @@ pub struct MainLine {
 }
 
 impl MainLine {
-    /// Starts the heartbeat and gives the receiving half to whoever reads.
+    /// Starts the heartbeat and gives the receiving half to whoever reads. `peer_timeout` is the
+    /// shorter of both sides': whichever is less patient has to be kept content.
     pub fn start(channel: Channel, peer_timeout: Duration) -> io::Result<(Self, Receiver)> {
         let (sender, receiver) = channel.split();
         let heartbeat = Heartbeat::start(vec![sender.clone()], peer_timeout)?;
@@ -35,15 +39,40 @@ impl MainLine {
         &self.sender
     }
 
-    /// Lets the peer read to the end of what was sent.
+    /// Says that nothing more comes; what was sent is read to its end.
     pub fn end(&self) {
         self.sender.close();
     }
 
-    /// Ends the connection, and every wait on it.
+    /// Ends the connection: what was sent before still arrives, and whoever reads here does so until
+    /// the peer has closed as well, but no longer than [`FAREWELL`]. Bytes that are left unread would
+    /// make TCP drop our last words.
     pub fn close(self) {
         self.sender.close();
-        self.token.cancel("the connection was closed on this side");
+        let token = self.token.clone();
+        std::thread::spawn(move || {
+            token.wait(Instant::now() + FAREWELL);
+            token.cancel("the connection was closed on this side");
+        });
+    }
+
+    /// Ends the connection and every wait on it now.
+    pub fn cut(self) {
+        self.token.cancel("the connection is over");
+    }
+}
+
+/// The shorter patience of both sides, from what the peer said of itself.
+pub fn shorter(ours: Duration, theirs_ms: u64) -> Duration {
+    ours.min(Duration::from_millis(theirs_ms.max(1)))
+}
+
+/// Sends a last message on a channel that is not wanted, and lets the peer read it.
+pub fn turn_away(channel: Channel, message: &Message) {
+    let (sender, mut receiver) = channel.split();
+    if sender.send(message).is_ok() {
+        sender.close();
+        std::thread::spawn(move || receiver.wait_closed(FAREWELL));
     }
 }
 

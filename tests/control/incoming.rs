@@ -55,7 +55,7 @@ fn a_guest_comes_in_and_runs_only_when_it_is_told() {
     assert_eq!(client.status().unwrap().run_state, RunState::Loading);
     for (what, error) in [
         ("promise", client.promise(a).unwrap_err()),
-        ("run", client.run(a).unwrap_err()),
+        ("run", client.run(a, false).unwrap_err()),
         ("resume", client.resume(OperatorWord { force: true, peer_fenced: true }).unwrap_err()),
         ("pause", client.pause(false).unwrap_err()),
     ] {
@@ -72,10 +72,10 @@ fn a_guest_comes_in_and_runs_only_when_it_is_told() {
     assert!(matches!(dest.status().ownership, Ownership::InDoubt { .. }), "held without its receiver");
     let mut again = dest.client();
     again.renew(attempt(1, 2)).unwrap();
-    assert_eq!(again.run(a).unwrap_err().code(), Some(FailureCode::Refused), "a stale RUN");
+    assert_eq!(again.run(a, false).unwrap_err().code(), Some(FailureCode::Refused), "a stale RUN");
     source.mover.fence(attempt(1, 1), "there").unwrap();
-    assert_eq!(again.run(attempt(1, 2)).unwrap().run_state, RunState::Running);
-    assert_eq!(again.run(attempt(1, 2)).unwrap().run_state, RunState::Running, "a repeat");
+    assert_eq!(again.run(attempt(1, 2), false).unwrap().run_state, RunState::Running);
+    assert_eq!(again.run(attempt(1, 2), false).unwrap().run_state, RunState::Running, "a repeat");
     dest.beats();
     assert!(again.revoke(attempt(1, 2)).is_err());
     source.mover.release(attempt(1, 1), false).unwrap();
@@ -113,7 +113,7 @@ fn a_receiver_that_goes_takes_its_machine_along_and_the_next_may_come() {
     client.promise(attempt(2, 1)).unwrap();
     client.revoke(attempt(2, 1)).unwrap();
     client.revoke(attempt(2, 1)).unwrap();
-    assert_eq!(client.run(attempt(2, 1)).unwrap_err().code(), Some(FailureCode::Refused));
+    assert_eq!(client.run(attempt(2, 1), false).unwrap_err().code(), Some(FailureCode::Refused));
     assert_eq!(dest.status().run_state, RunState::Empty);
     assert!(!dest.record().exists());
     let mut client = load(&mut source, &dest, 3);

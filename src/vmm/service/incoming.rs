@@ -107,14 +107,14 @@ impl Service {
         Reply::done()
     }
 
-    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
+    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt, paused: bool) -> Handled {
         self.alone(from)?;
         // Before anything changes: an empty vmrun has no guest, but an order to refuse by.
         let first = matches!(self.ownership, Ownership::InDoubt { .. });
         self.change_recorded(|o| o.run(attempt))?;
         self.live()?;
         if first {
-            self.paused_by = PausedBy::default();
+            self.paused_by = PausedBy { operator: paused, ..PausedBy::default() };
         }
         self.settle()?;
         Reply::now(self.status())
@@ -143,6 +143,8 @@ impl Service {
         self.finish_tasks(Task::Import, || {
             Err(Failure::refused("the machine was dropped before the import ended"))
         });
+        // A vCPU that waits for a page must not wait for ever: what it finds counts no more.
+        self.stop_fetching();
         if let Some(hosted) = self.hosted.take() {
             let stop = move || hosted.machine.stop();
             if let Err(e) = std::thread::Builder::new().name("stop".into()).spawn(stop) {
