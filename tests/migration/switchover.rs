@@ -172,14 +172,14 @@ fn ready_is_lost() {
     check_beats(&[&pair.a]);
     assert!(pair.b.is_in_doubt(), "{:?}", pair.b.status());
     // Nobody else gets in, and nobody frees it by a mere wish.
-    let other = pair.scene.small("other");
-    pair.scene.send(&other, &pair.b.address, &[]).end().expect(3, &["acknowledged"]);
+    let elsewhere = Scene::new();
+    let other = elsewhere.small("other");
+    elsewhere.send(&other, &pair.b.address, &[]).end().expect(3, &["acknowledged"]);
     pair.b.vmctl(&["resume"]).expect(3, &[]);
     pair.b.vmctl(&["quit"]).expect(3, &[]);
     pair.b.program.signal(Signal::SIGTERM);
     pair.b.program.await_note("not now");
     check_beats(&[&other]);
-    drop(other);
     // The next session of the same guest is the old one's end.
     pair.check_back_and_try_again();
 }
