@@ -4,10 +4,15 @@
 //! REQUIRE_KVM=1. In each test a watcher asks every vmrun all the time who runs: never two.
 
 mod guest;
+mod peer;
 mod program;
 mod proxy;
 mod scene;
 
+mod bad_input;
 mod happy;
+mod hostile;
+mod network;
 mod precopy;
+mod receiver;
 mod switchover;

@@ -317,3 +317,22 @@ fn check_next_try_forced(scene: &Scene, from: &Host, to: &mut Receiver) {
     assert_eq!(to.program.end().code, 0);
     check_alive(&[from, to]);
 }
+
+#[test]
+fn a_very_slow_migration_still_hears_its_operator() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.big("a");
+    let b = scene.receiver("b", &[]);
+    let mut send = scene.send(&a, &b.address, &["--bwlimit", "100K"]);
+    // Twice, so that progress is shown within what was one window for the sender.
+    let shown = |n: usize| {
+        move |send: &Program| send.lines().iter().filter(|l| l["event"] == "progress").count() >= n
+    };
+    crate::program::until("progress", || shown(5)(&send).then_some(()));
+    send.signal(Signal::SIGINT);
+    send.end().expect(130, &[]);
+    check_untouched(&a);
+}

@@ -137,12 +137,6 @@ impl Proxy {
         self.shared.lock().passed.get(&(way, kind)).copied().unwrap_or(0)
     }
 
-    /// Waits until so many have passed.
-    pub fn await_passed(&self, way: Way, kind: FrameType, count: u64) {
-        let what = format!("{count} {kind} have passed");
-        self.shared.await_state(&what, |state| state.passed.get(&(way, kind)).is_some_and(|n| *n >= count));
-    }
-
     fn rule(&self, way: Way, kind: FrameType, act: Act) -> u64 {
         let mut state = self.shared.lock();
         state.next_id += 1;

@@ -255,7 +255,7 @@ impl Watch {
         let mut clients = HashMap::new();
         while !self.over.load(Ordering::Acquire) {
             let sockets = self.sockets.lock().unwrap().clone();
-            let mut running = |clients: &mut HashMap<PathBuf, Client>| -> Vec<PathBuf> {
+            let running = |clients: &mut HashMap<PathBuf, Client>| -> Vec<PathBuf> {
                 sockets.iter().filter(|s| runs(clients, s)).cloned().collect()
             };
             // A guest that moves between two looks may be seen on both; not twice in a row.
