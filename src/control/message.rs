@@ -136,6 +136,23 @@ pub enum Request {
         #[serde(default)]
         remap: Vec<Remap>,
     },
+    /// Incoming, before `import`: pages will come after the guest has begun to run. Registers all RAM
+    /// with a userfaultfd, of which vmrun keeps a duplicate. Answer: [`Postcopy`] with the
+    /// userfaultfd and the memfd of the set of present pages, all absent at first.
+    PostcopyArm {
+        /// The attempt.
+        attempt: Attempt,
+        /// Where the receiver listens, for one that has to take over from it.
+        listen: String,
+    },
+    /// Incoming: a receiver takes over from one that has died. Answer: [`Postcopy`] with the
+    /// userfaultfd, the present set and then one memfd per RAM region.
+    PostcopyAdopt,
+    /// Incoming: every page is present. The userfaultfd goes away. Answer: `{}`.
+    PostcopyDone {
+        /// The attempt.
+        attempt: Attempt,
+    },
     /// Incoming: restore devices and synchronise all vCPUs from the state in the memfd that comes
     /// along. RAM must be complete (or served). Answer: [`Imported`].
     Import {
@@ -300,6 +317,9 @@ pub struct Status {
     pub dirty_log: bool,
     /// Whether a live mover is attached.
     pub mover_attached: bool,
+    /// Pages that have not come yet, while some come after the guest (postcopy).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_pages: Option<u64>,
     /// The vmrun process.
     pub pid: u32,
 }
@@ -331,6 +351,19 @@ pub struct RamLayout {
 pub struct Prepared {
     /// The RAM; the memfds come along.
     pub ram: RamLayout,
+}
+
+/// Answer to `postcopy-arm` and `postcopy-adopt`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Postcopy {
+    /// The RAM as vmrun has it mapped: what the userfaultfd speaks of.
+    pub ram: RamLayout,
+    /// The attempt that brings the guest.
+    pub attempt: Attempt,
+    /// Where the receiver listens.
+    pub listen: String,
+    /// Whose guest it is.
+    pub ownership: Ownership,
 }
 
 /// Answer to `dirty-start` and `dirty-take`.

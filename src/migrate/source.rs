@@ -211,6 +211,7 @@ impl<'a> Migration<'a> {
             zero_pages,
             digest: self.digest.clone(),
             stays_paused,
+            postcopy: false,
         }));
         Ok(())
     }

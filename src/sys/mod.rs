@@ -2,9 +2,11 @@
 //! `vmm::memory`) and nowhere else.
 #![allow(unsafe_code)]
 
+pub mod bitmap;
 pub mod fdpass;
 pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
+pub mod uffd;
 pub mod view;

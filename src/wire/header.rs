@@ -101,6 +101,12 @@ frame_types! {
     Revoke = 37 "REVOKE",
     /// D→S, it never ran and never will.
     Revoked = 38 "REVOKED",
+    /// S→D, before END: pages that come after the guest.
+    Missing = 64 "MISSING",
+    /// D→S, somebody waits for these pages.
+    PageRequest = 65 "PAGE_REQUEST",
+    /// D→S, on a connection that comes back: the pages that are there.
+    Received = 66 "RECEIVED",
     /// Either way, before READY: this attempt is over.
     Abort = 48 "ABORT",
     /// Either way, last: the counts that both must agree on.
@@ -112,8 +118,7 @@ frame_types! {
 }
 
 /// Numbers that are set aside for postcopy (docs/protocol.md), and refused by name until then.
-const RESERVED: &[(u16, &str)] =
-    &[(64, "DISCARD"), (65, "PAGE_REQUEST"), (66, "RECEIVED"), (67, "RESUME_AT")];
+const RESERVED: &[(u16, &str)] = &[(67, "RESUME_AT")];
 
 /// A checked header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,10 +290,7 @@ mod tests {
         let good = sample().encode();
         assert!(matches!(Header::decode(&resealed(good, 0, b"HTTP")), Err(HeaderError::Magic(_))));
         assert_eq!(Header::decode(&resealed(good, 4, &[200, 0])), Err(HeaderError::UnknownType(200)));
-        assert_eq!(
-            Header::decode(&resealed(good, 4, &[65, 0])),
-            Err(HeaderError::Reserved(65, "PAGE_REQUEST"))
-        );
+        assert_eq!(Header::decode(&resealed(good, 4, &[67, 0])), Err(HeaderError::Reserved(67, "RESUME_AT")));
         assert!(matches!(
             Header::decode(&resealed(good, 6, &[0, 1])),
             Err(HeaderError::UnknownFlags { flags: 256, .. })

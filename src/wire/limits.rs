@@ -19,6 +19,12 @@ pub const MAX_PAGE_DATA_BYTES: u32 = 1 << 20;
 /// The largest payload of a PAGES frame in bytes: its head, a full table, and full data.
 pub const MAX_PAGES_PAYLOAD_BYTES: u32 = 16 + MAX_RUNS * 16 + MAX_PAGE_DATA_BYTES;
 
+/// The most words of a bitmap of pages in one frame: 16 GiB of RAM.
+pub const MAX_BITMAP_WORDS: usize = 64 << 10;
+
+/// The most pages in one PAGE_REQUEST.
+pub const MAX_REQUESTED_PAGES: usize = 4096;
+
 /// The slowest rate at which a frame that has begun may arrive, in bytes a second: a peer that
 /// drips bytes to stay alive is given up.
 pub const MIN_FRAME_RATE: u64 = 64 << 10;
@@ -28,6 +34,8 @@ pub fn max_payload(kind: FrameType) -> u32 {
     match kind {
         FrameType::Pages => MAX_PAGES_PAYLOAD_BYTES,
         FrameType::State => MAX_STATE_BYTES,
+        FrameType::Missing | FrameType::Received => 8 + 8 * MAX_BITMAP_WORDS as u32,
+        FrameType::PageRequest => 8 * MAX_REQUESTED_PAGES as u32,
         FrameType::Ping | FrameType::Pong => 8,
         FrameType::Accepted | FrameType::Run | FrameType::Revoke | FrameType::Revoked => 0,
         FrameType::Hello

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::FrameType;
 use super::limits::max_payload;
-use super::payload::{Abort, Done, End, Hello, HelloAck, PassDone, Ready, Refused, Running};
+use super::payload::{Abort, Done, End, Hello, HelloAck, PageBitmap, PassDone, Ready, Refused, Running};
 
 /// A frame without pages.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,8 +44,14 @@ pub enum Message {
     PassDone(PassDone),
     /// S→D, the saved state, which the mover does not look into.
     State(Vec<u8>),
-    /// S→D, everything has been sent.
+    /// S→D, everything has been sent, or will be after the guest has begun to run.
     End(End),
+    /// S→D, before END: pages that come after the guest.
+    Missing(PageBitmap),
+    /// D→S: somebody waits for these pages, by index.
+    PageRequest(Vec<u64>),
+    /// D→S, on a connection that comes back: the pages that are there.
+    Received(PageBitmap),
     /// D→S, restored, synchronised, and held.
     Ready(Ready),
     /// S→D, the source is fenced: run.
@@ -150,6 +156,9 @@ impl Message {
             Self::PassDone(_) => FrameType::PassDone,
             Self::State(_) => FrameType::State,
             Self::End(_) => FrameType::End,
+            Self::Missing(_) => FrameType::Missing,
+            Self::PageRequest(_) => FrameType::PageRequest,
+            Self::Received(_) => FrameType::Received,
             Self::Ready(_) => FrameType::Ready,
             Self::Run => FrameType::Run,
             Self::Running(_) => FrameType::Running,
@@ -177,6 +186,8 @@ impl Message {
             Self::Barrier { pass } => json(kind, &Pass { pass: *pass })?,
             Self::PassDone(m) => json(kind, m)?,
             Self::End(m) => json(kind, m)?,
+            Self::Missing(m) | Self::Received(m) => m.encode(),
+            Self::PageRequest(pages) => pages.iter().flat_map(|page| page.to_le_bytes()).collect(),
             Self::Ready(m) => json(kind, m)?,
             Self::Running(m) => json(kind, m)?,
             Self::Abort(m) => json(kind, m)?,
@@ -204,6 +215,9 @@ impl Message {
             FrameType::PassDone => Self::PassDone(parse(kind, p)?),
             FrameType::State => Self::State(payload),
             FrameType::End => Self::End(parse(kind, p)?),
+            FrameType::Missing => Self::Missing(PageBitmap::decode(kind, p)?),
+            FrameType::PageRequest => Self::PageRequest(words(kind, p)?),
+            FrameType::Received => Self::Received(PageBitmap::decode(kind, p)?),
             FrameType::Ready => Self::Ready(parse(kind, p)?),
             FrameType::Run => empty(kind, p, Self::Run)?,
             FrameType::Running => Self::Running(parse(kind, p)?),
@@ -235,6 +249,16 @@ fn empty(kind: FrameType, payload: &[u8], message: Message) -> Result<Message, M
     }
     let cause = format!("{} bytes where none belong", payload.len());
     Err(MessageError::Malformed { kind, cause })
+}
+
+/// Little-endian 64-bit words that fill the payload.
+pub(super) fn words(kind: FrameType, payload: &[u8]) -> Result<Vec<u64>, MessageError> {
+    let (words, rest) = payload.as_chunks::<8>();
+    if !rest.is_empty() {
+        let cause = format!("{} bytes are no number of 64-bit words", payload.len());
+        return Err(MessageError::Malformed { kind, cause });
+    }
+    Ok(words.iter().map(|w| u64::from_le_bytes(*w)).collect())
 }
 
 fn nonce(kind: FrameType, payload: &[u8]) -> Result<u64, MessageError> {

@@ -16,6 +16,6 @@ pub use hello::{Agreed, MUST_PREFIX, Supported, VERSION, negotiate};
 pub use message::{JsonBody, Message, MessageError};
 pub use pages::{PAGES_HEAD_BYTES, RUN_BYTES, Run, RunKind, RunTable, TableError};
 pub use payload::{
-    Abort, Done, End, Hello, HelloAck, PassDone, Problem, Ready, Refused, RefusedCode, ResumePhase, Running,
-    Side,
+    Abort, Done, End, Hello, HelloAck, PageBitmap, PassDone, Problem, Ready, Refused, RefusedCode,
+    ResumePhase, Running, Side,
 };

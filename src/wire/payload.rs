@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::FrameType;
+use super::limits::MAX_BITMAP_WORDS;
+use super::message::{MessageError, words};
 use crate::switchover::Attempt;
 
 /// S→D: who calls, and what it can do.
@@ -50,6 +53,9 @@ pub struct HelloAck {
     pub host: String,
     /// How long a silence the destination takes for death, in milliseconds.
     pub peer_timeout_ms: u64,
+    /// With `resume`: pages are missing here; RECEIVED says which are there.
+    #[serde(default)]
+    pub fetching: bool,
 }
 
 /// How far a session is at the destination when the source comes back.
@@ -142,6 +148,9 @@ pub struct End {
     /// An operator had paused the guest: it stays paused at the destination.
     #[serde(default)]
     pub stays_paused: bool,
+    /// The pages of the MISSING frames come after the guest has begun to run.
+    #[serde(default)]
+    pub postcopy: bool,
 }
 
 /// D→S: restored, synchronised, held.
@@ -200,4 +209,55 @@ pub struct Done {
     pub zero_pages: u64,
     /// With `verify`: the digest of RAM, in hexadecimal.
     pub digest: Option<String>,
+}
+
+/// A part of a set of pages: bit `n` of word `w` is page `first + 64 * w + n`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageBitmap {
+    /// A multiple of 64.
+    pub first: u64,
+    /// At most [`MAX_BITMAP_WORDS`].
+    pub words: Vec<u64>,
+}
+
+impl PageBitmap {
+    /// All of a bitmap as parts that fit a frame each.
+    pub fn parts(words: &[u64]) -> impl Iterator<Item = Self> + '_ {
+        let each = MAX_BITMAP_WORDS;
+        words
+            .chunks(each)
+            .enumerate()
+            .map(move |(i, part)| Self { first: (i * each * 64) as u64, words: part.to_vec() })
+    }
+
+    /// Puts this part into the bitmap `into`; an error when it does not lie within it.
+    pub fn put_into(&self, into: &mut [u64]) -> Result<(), MessageError> {
+        let outside = || MessageError::Malformed {
+            kind: FrameType::Received,
+            cause: format!(
+                "{} words from page {} on are beyond the guest's RAM",
+                self.words.len(),
+                self.first
+            ),
+        };
+        let start = usize::try_from(self.first / 64).map_err(|_| outside())?;
+        let end = start.checked_add(self.words.len()).ok_or_else(outside)?;
+        into.get_mut(start..end).ok_or_else(outside)?.copy_from_slice(&self.words);
+        Ok(())
+    }
+
+    pub(super) fn encode(&self) -> Vec<u8> {
+        std::iter::once(&self.first).chain(&self.words).flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    pub(super) fn decode(kind: FrameType, payload: &[u8]) -> Result<Self, MessageError> {
+        let all = words(kind, payload)?;
+        let Some((first, words)) =
+            all.split_first().filter(|(first, rest)| first.is_multiple_of(64) && !rest.is_empty())
+        else {
+            let cause = "a part of a bitmap begins with a page number that is a multiple of 64".to_owned();
+            return Err(MessageError::Malformed { kind, cause });
+        };
+        Ok(Self { first: *first, words: words.to_vec() })
+    }
 }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use super::{Client, ClientError};
 use crate::control::mover::{MoverProgress, MoverRequest, MoverSettings};
 use crate::control::{
-    Attached, DirtyPages, Imported, Prepared, RamLayout, Remap, Request, StateBlob, Status,
+    Attached, DirtyPages, Imported, Postcopy, Prepared, RamLayout, Remap, Request, StateBlob, Status,
 };
 use crate::memory::PageRun;
 use crate::state::MachineDescription;
@@ -144,6 +144,43 @@ impl Client {
         let (prepared, fds): (Prepared, _) = self.call(&request, &[])?;
         self.fd_per_region(&prepared.ram, &fds)?;
         Ok((prepared, fds))
+    }
+
+    /// `postcopy-arm`: the userfaultfd and the memfd of the present set.
+    pub fn postcopy_arm(
+        &mut self,
+        attempt: Attempt,
+        listen: &str,
+    ) -> Result<(Postcopy, OwnedFd, OwnedFd), ClientError> {
+        let request = Request::PostcopyArm { attempt, listen: listen.to_owned() };
+        let (postcopy, fds): (Postcopy, _) = self.call(&request, &[])?;
+        match <[OwnedFd; 2]>::try_from(fds) {
+            Ok([uffd, present]) => Ok((postcopy, uffd, present)),
+            Err(fds) => {
+                Err(self.not_control(format!("its answer to postcopy-arm has {} descriptors", fds.len())))
+            }
+        }
+    }
+
+    /// `postcopy-adopt`: the userfaultfd, the memfd of the present set, one memfd for each region.
+    pub fn postcopy_adopt(&mut self) -> Result<(Postcopy, OwnedFd, OwnedFd, Vec<OwnedFd>), ClientError> {
+        let (postcopy, mut fds): (Postcopy, Vec<OwnedFd>) = self.call(&Request::PostcopyAdopt, &[])?;
+        if fds.len() < 2 {
+            return Err(
+                self.not_control(format!("its answer to postcopy-adopt has {} descriptors", fds.len()))
+            );
+        }
+        let memfds = fds.split_off(2);
+        self.fd_per_region(&postcopy.ram, &memfds)?;
+        match <[OwnedFd; 2]>::try_from(fds) {
+            Ok([uffd, present]) => Ok((postcopy, uffd, present, memfds)),
+            Err(_) => Err(self.not_control("its answer to postcopy-adopt lacks descriptors".to_owned())),
+        }
+    }
+
+    /// `postcopy-done`
+    pub fn postcopy_done(&mut self, attempt: Attempt) -> Result<(), ClientError> {
+        self.tell(&Request::PostcopyDone { attempt })
     }
 
     /// `import`: `state` is a memfd with `bytes` bytes of state.

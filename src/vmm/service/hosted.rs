@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
+use super::postcopy::Fetching;
 use crate::control::{Failure, FailureCode, RamLayout};
 use crate::memory::{PageIndex, PageRun, PageSet};
 use crate::sys::memfd;
@@ -39,6 +40,8 @@ pub(super) struct Hosted {
     pub synchronised: bool,
     pub ended: Option<GuestExit>,
     pub dirty: Option<DirtyShare>,
+    /// Set while pages come after the guest.
+    pub fetching: Option<Fetching>,
 }
 
 /// The dirty bitmap that is shared with a mover.
@@ -51,7 +54,16 @@ pub(super) struct DirtyShare {
 impl Hosted {
     pub fn new(machine: Machine, notices: NoticeReceiver, synchronised: bool) -> Self {
         let activity = Activity::Parked;
-        Self { machine, notices, activity, exported: false, synchronised, ended: None, dirty: None }
+        Self {
+            machine,
+            notices,
+            activity,
+            exported: false,
+            synchronised,
+            ended: None,
+            dirty: None,
+            fetching: None,
+        }
     }
 
     /// The RAM with a memfd for each region.

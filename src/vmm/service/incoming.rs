@@ -143,6 +143,8 @@ impl Service {
         self.finish_tasks(Task::Import, || {
             Err(Failure::refused("the machine was dropped before the import ended"))
         });
+        // A vCPU that waits for a page must not wait for ever: what it finds counts no more.
+        self.stop_fetching();
         if let Some(hosted) = self.hosted.take() {
             let stop = move || hosted.machine.stop();
             if let Err(e) = std::thread::Builder::new().name("stop".into()).spawn(stop) {

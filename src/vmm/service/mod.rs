@@ -9,6 +9,7 @@ mod hosted;
 mod incoming;
 mod lease;
 mod outgoing;
+mod postcopy;
 mod record;
 mod report;
 
@@ -249,6 +250,9 @@ impl Service {
             Request::Release { attempt, keep } => self.release(from, attempt, keep),
             Request::Quit { force } => self.quit(from, force),
             Request::Prepare { attempt, machine, remap } => self.prepare(from, attempt, &machine, remap),
+            Request::PostcopyArm { attempt, listen } => self.postcopy_arm(from, attempt, listen),
+            Request::PostcopyAdopt => self.postcopy_adopt(from),
+            Request::PostcopyDone { attempt } => self.postcopy_done(from, attempt),
             Request::Import { attempt, bytes } => self.import(attempt, bytes, fds),
             Request::Promise { attempt } => self.promise(from, attempt),
             Request::Run { attempt, paused } => self.run_here(from, attempt, paused),

@@ -20,6 +20,10 @@ impl Service {
             return Err(Failure::new(FailureCode::Busy, why));
         }
         let (attempt, superseded) = match session {
+            Some(_) if self.live()?.fetching.is_some() => {
+                let why = "the guest's pages are still coming from where it ran before: it can be sent on when all have come";
+                return Err(Failure::refused(why));
+            }
             Some(session) => {
                 let superseded = self.change(|o| o.attach(session))?;
                 (Attempt { session, epoch: 1 }, superseded)

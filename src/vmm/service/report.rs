@@ -20,6 +20,9 @@ impl Service {
             memory_bytes: description.map_or(0, |d| d.ram.total_bytes()),
             dirty_log: self.hosted.as_ref().is_some_and(|h| h.dirty.is_some()),
             mover_attached: self.mover.is_some(),
+            missing_pages: self.hosted.as_ref().and_then(|h| {
+                h.fetching.as_ref().map(|f| f.missing_pages(h.machine.ram().map().total_pages()))
+            }),
             pid: std::process::id(),
         }
     }

@@ -1,0 +1,239 @@
+//! The switchover, and whatever ends an attempt.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crate::migrate::outcome::{Ending, MigrateError, Side, ms};
+use crate::migrate::placer::Placer;
+use crate::migrate::pump::Brought;
+use crate::migrate::wires::FAREWELL;
+use crate::switchover::{DestAction, DestInput, DestStep};
+use crate::wire::{self, Message};
+
+use super::{Arrival, Arrived, Event, Session, failed};
+
+impl Arrival<'_> {
+    /// The main channel is gone.
+    pub(super) fn on_lost(&mut self, why: &str) -> Result<(), MigrateError> {
+        if let Some(session) = &mut self.session {
+            if let Some(main) = session.main.take() {
+                main.cut();
+            }
+            session.waiting_since = Some(Instant::now());
+        }
+        self.input(DestInput::LinkLost)?;
+        match self.step {
+            DestStep::InDoubt | DestStep::Running => {
+                self.observer
+                    .note(&format!("the connection is lost ({why}); waiting for the source to come back"));
+                Ok(())
+            }
+            _ => Err(MigrateError::new(Ending::PeerFailed, Side::Link, why)),
+        }
+    }
+
+    /// A bulk channel is gone: of no account once everything has come.
+    pub(super) fn on_bulk_lost(&mut self, why: &str) -> Result<(), MigrateError> {
+        match self.step {
+            DestStep::Loading
+                if self.session.as_ref().is_some_and(|s| s.state.is_some() || s.digest.is_none()) =>
+            {
+                self.on_lost(why)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn on_signal(&mut self, signal: i32) -> Result<(), MigrateError> {
+        match self.step {
+            DestStep::InDoubt => {
+                self.observer.note("not now: the guest is acknowledged and waits for the source's word");
+                Ok(())
+            }
+            DestStep::Running => Ok(()),
+            _ => {
+                let _ = self.fail(format!("stopped by signal {signal}"));
+                Err(MigrateError::new(
+                    Ending::Signalled(signal),
+                    Side::Destination,
+                    format!("stopped by signal {signal}"),
+                ))
+            }
+        }
+    }
+
+    /// Every tick: does a signal want us to stop, is `vmrun` still there, has the source been away for too long?
+    pub(super) fn look_after(&mut self) -> Result<Option<Arrived>, MigrateError> {
+        match self.signal.swap(0, Ordering::Relaxed) {
+            0 => {}
+            signal => self.on_signal(signal as i32)?,
+        }
+        if !self.host.client.is_alive() {
+            return self.on_host_gone().map(|()| None);
+        }
+        let away = self.session.as_ref().and_then(|s| s.waiting_since).map(|since| since.elapsed());
+        if let Some(away) = away {
+            if self.step == DestStep::Running && away > self.options.linger {
+                self.observer.note("the source did not come back to take leave; the guest runs here");
+                return Ok(Some(self.finish(None)));
+            }
+            if !self.options.listen.takes_many() && self.step == DestStep::InDoubt {
+                let what = "the connection is lost and cannot come again; vmrun holds the guest for the source's word";
+                return Err(MigrateError::new(Ending::Unknown, Side::Link, what));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn on_host_gone(&mut self) -> Result<(), MigrateError> {
+        let gone = "the receiving vmrun is gone";
+        match self.step {
+            DestStep::InDoubt if self.session.as_ref().is_some_and(|s| s.run_passed_on) => {
+                Err(MigrateError::new(Ending::Lost, Side::Destination, format!("{gone}, after RUN")))
+            }
+            DestStep::Running => Err(MigrateError::new(Ending::Lost, Side::Destination, gone)),
+            DestStep::InDoubt => {
+                // Not an error yet: the source has to hear REVOKED, now or when it comes back.
+                let _ = self.input(DestInput::GuestGone);
+                Err(failed(format!("{gone} before the guest ran: the source takes it back")))
+            }
+            _ => {
+                let _ = self.input(DestInput::GuestGone);
+                Err(failed(gone))
+            }
+        }
+    }
+
+    /// Something here failed: before READY the source is told and goes on.
+    pub(super) fn fail(&mut self, why: impl std::fmt::Display) -> Result<(), MigrateError> {
+        let error = failed(why);
+        if self.step == DestStep::Loading {
+            let (step, _) = self.step.on(DestInput::LoadFailed);
+            self.step = step;
+            let abort = wire::Abort { side: wire::Side::Destination, reason: error.cause.clone() };
+            let _ = self.say(&Message::Abort(abort));
+            self.drop_session();
+        }
+        Err(error)
+    }
+
+    /// Lets the pure machine decide, and does what it says.
+    pub(super) fn input(&mut self, input: DestInput) -> Result<(), MigrateError> {
+        let (next, actions) = self.step.on(input);
+        for action in actions {
+            self.act(*action)?;
+        }
+        self.step = next;
+        if next == DestStep::Refused && self.session.is_some() {
+            self.drop_session();
+            return Err(MigrateError::new(
+                Ending::PeerFailed,
+                Side::Source,
+                "the source has taken the guest back",
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn act(&mut self, action: DestAction) -> Result<(), MigrateError> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let attempt = session.attempt;
+        match action {
+            DestAction::Promise => match self.host.client.promise(attempt) {
+                Ok(_) => Ok(()),
+                Err(error) => self.fail(error),
+            },
+            DestAction::SendReady => {
+                let ready = Message::Ready(session.ready.clone());
+                self.say(&ready)
+            }
+            DestAction::Run => {
+                session.run_passed_on = true;
+                let start = Instant::now();
+                match self.host.client.run(attempt, session.stays_paused) {
+                    Ok(_) => {
+                        session.run_us = start.elapsed().as_micros() as u64;
+                        Ok(())
+                    }
+                    Err(error) => Err(MigrateError::new(Ending::Unknown, Side::Destination, error)),
+                }
+            }
+            DestAction::SendRunning => {
+                let running = Message::Running(wire::Running { run_us: session.run_us });
+                self.say(&running)
+            }
+            DestAction::GiveUp => {
+                let _ = self.host.client.revoke(attempt);
+                Ok(())
+            }
+            DestAction::SendRevoked => self.say(&Message::Revoked),
+            DestAction::SendAbort => {
+                let reason = "the destination could not load the guest".to_owned();
+                self.say(&Message::Abort(wire::Abort { side: wire::Side::Destination, reason }))
+            }
+            DestAction::AwaitReconnect => Ok(()),
+        }
+    }
+
+    /// Says something on the main channel; a channel that fails is noticed by its pump.
+    pub(super) fn say(&mut self, message: &Message) -> Result<(), MigrateError> {
+        if let Some(main) = self.session.as_ref().and_then(|s| s.main.as_ref()) {
+            let _ = main.send(message);
+        }
+        Ok(())
+    }
+
+    /// Ends the session's connections and makes `vmrun` empty again.
+    pub(super) fn drop_session(&mut self) {
+        let Some(session) = self.session.take() else { return };
+        // A pump that waits for the machine need not.
+        let _ = session.placer.set(None);
+        let _ = self.host.client.revoke(session.attempt);
+        if let Some(main) = session.main {
+            main.close();
+        }
+        for sender in session.bulk.values() {
+            sender.close();
+        }
+    }
+
+    /// The guest is here for good.
+    pub(super) fn finish(&mut self, done: Option<&wire::Done>) -> Arrived {
+        let session = self.session.take();
+        let counts = session.as_ref().and_then(Session::machine).map(Placer::counts).unwrap_or_default();
+        if let Some(session) = &session {
+            if done.is_some()
+                && let Some(main) = &session.main
+            {
+                let ours =
+                    wire::Done { pages: counts.0, zero_pages: counts.1, digest: session.digest.clone() };
+                let _ = main.send(&Message::Done(ours));
+                main.end();
+                self.await_farewell();
+            }
+            for sender in session.bulk.values() {
+                sender.close();
+            }
+        }
+        Arrived {
+            session: session.as_ref().map(|s| s.attempt.session.to_string()).unwrap_or_default(),
+            name: session.as_ref().map(|s| s.hello.vm_name.clone()).unwrap_or_default(),
+            control: self.options.host.control.clone(),
+            total_ms: ms(self.started.elapsed()),
+            data_pages: counts.0,
+            zero_pages: counts.1,
+            digest: session.and_then(|s| s.digest),
+        }
+    }
+
+    /// Waits a moment until the source has hung up: closing before it has read our last words could
+    /// take them from it.
+    pub(super) fn await_farewell(&self) {
+        let until = Instant::now() + FAREWELL;
+        while let Ok(event) = self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            if matches!(event, Event::Main(_, Brought::Lost(_))) {
+                return;
+            }
+        }
+    }
+}
