@@ -61,7 +61,12 @@ pub fn resume(
     migration.paused = true;
     let views = Views::new(migration.vm.ram().map_err(here)?).map_err(here)?;
     migration.bulk = Some(Bulk::new(views, 1));
-    let mut handover = Handover::new(&mut migration, SourceStep::AwaitRunning);
+    // Wanted back from the start: then RUN is not said again before REVOKE.
+    let step = match migration.settings.back_wanted() {
+        true => SourceStep::AwaitRevoked,
+        false => SourceStep::AwaitRunning,
+    };
+    let mut handover = Handover::new(&mut migration, step);
     handover.reconnect(Some(attached.attempt))?;
     handover.conduct()
 }

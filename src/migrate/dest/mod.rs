@@ -90,7 +90,13 @@ fn take_in(
     mut taken: Option<TakenOver>,
 ) -> Result<Arrived, MigrateError> {
     let (events, inbox) = channel();
-    let intake = Intake::open(options, events.clone()).map_err(failed)?;
+    let intake = match Intake::open(options, events.clone()) {
+        Ok(intake) => intake,
+        Err(error) => {
+            host.close(); // not left behind, empty and with nobody to fill it
+            return Err(failed(error));
+        }
+    };
     observer.note(&format!("waiting for a machine at {}", intake.address()));
     loop {
         let surroundings =
