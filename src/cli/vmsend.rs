@@ -139,11 +139,11 @@ pub struct Args {
     #[arg(long, requires = "resume", conflicts_with = "dest", help_heading = RECOVERY)]
     pub revoke: bool,
 
-    /// Try this long to reach a destination that may have the guest
+    /// Try this long to reach the destination again; 1m, or for ever, by default
     ///
     /// When it is over, the exit code is 7 if it is not known whether the guest runs there, and 6 if
-    /// it runs there and lacks pages; --resume goes on. By default a minute in the first case, for
-    /// ever in the second.
+    /// it runs there and lacks pages; --resume goes on. The default is a minute in the first case, and
+    /// for ever in the second.
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = RECOVERY)]
     pub recover_timeout: Option<Duration>,
 

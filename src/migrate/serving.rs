@@ -52,11 +52,14 @@ impl Handover<'_, '_> {
                     self.hear(message)?
                 }
                 Ok(Event::Lost(epoch, why)) if epoch == self.migration.attempt.epoch => {
-                    if !self.come_back(&why)? {
-                        return Ok(());
-                    }
+                    lost = Some(why);
                 }
                 _ => {}
+            }
+            if let Some(why) = lost
+                && !self.come_back(&why)?
+            {
+                return Ok(());
             }
             if self.migration.settings.refuse_cancel().is_some() {
                 let text = "too late to cancel: the guest runs at the destination and needs its pages";

@@ -108,7 +108,8 @@ fn heartbeats_keep_an_idle_channel_alive_and_measure_it() {
         s.spawn(|| assert!(near_rx.recv_until(until).unwrap().is_none()));
         assert!(far.receiver().recv_until(until).unwrap().is_none());
     });
-    assert!(near_tx.stats().round_trip().is_some());
+    // Whoever answers PINGs is not idle, and may never send one: one of the two has measured.
+    assert!(near_tx.stats().round_trip().or(far.stats().round_trip()).is_some());
     drop(beat);
     // Without them it is dead soon after.
     let error = far.recv_message().unwrap_err();

@@ -149,7 +149,9 @@ fn lies_within_an_attempt() {
         ("HELLO twice", &|p| p.say(&Message::Hello(hello(&machine(&target.a))))),
         ("END at once", &|p| p.say(&end(total, 0, None))),
         ("RUN at once", &|p| p.say(&Message::Run)),
-        ("DONE at once", &|p| p.say(&Message::Done(Done { pages: 0, zero_pages: 0, digest: None, latency: None }))),
+        ("DONE at once", &|p| {
+            p.say(&Message::Done(Done { pages: 0, zero_pages: 0, digest: None, latency: None }))
+        }),
         ("what only a destination says", &|p| p.say(&Message::Accepted)),
         ("another session", &|p| {
             p.attempt = attempt(8, 1);
