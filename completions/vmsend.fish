@@ -13,7 +13,7 @@ complete -c vmsend -l bwlimit -d 'Send no more than this; 0 is no limit' -r
 complete -c vmsend -l channels -d 'Number of connections that carry pages, 1 to 64' -r
 complete -c vmsend -l peer-timeout -d 'Take the other side for dead after it was silent for so long' -r
 complete -c vmsend -l connect-timeout -d 'Give up connecting after this time' -r
-complete -c vmsend -l recover-timeout -d 'Try this long to reach a destination that may have the guest; a minute or for ever by default' -r
+complete -c vmsend -l recover-timeout -d 'Try this long to reach the destination again; 1m, or for ever, by default' -r
 complete -c vmsend -l log -d 'Log messages of this level and above on standard error' -r -f -a "error\t'What went wrong'
 warn\t'Also what deserves attention'
 info\t'Also what happens'

@@ -47,6 +47,7 @@ impl Handover<'_, '_> {
             if self.heard.fetching && self.begin_again()? {
                 self.heard.fetching = false;
             }
+            let mut lost = None;
             match self.migration.inbox.recv_timeout(TICK) {
                 Ok(Event::Main(epoch, message)) if epoch == self.migration.attempt.epoch => {
                     self.hear(message)?
