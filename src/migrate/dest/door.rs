@@ -151,8 +151,7 @@ impl Arrival<'_> {
         let (line, receiver) = MainLine::start(channel, patience).map_err(failed)?;
         let placer = session.placer.clone();
         let events = self.events.clone();
-        let epoch = attempt.epoch;
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Main(epoch, b)));
+        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Main(attempt, b)));
         let sent = line.send(&Message::HelloAck(ack));
         session.main = Some(line);
         if let Err(error) = sent { self.on_lost(&error.to_string()) } else { Ok(()) }
@@ -175,7 +174,7 @@ impl Arrival<'_> {
         let (sender, receiver) = channel.split();
         let placer = session.placer.clone();
         let events = self.events.clone();
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Bulk(attempt.epoch, b)));
+        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Bulk(attempt, b)));
         let sent = sender.send(&Message::Joined { index });
         session.bulk.insert(index, sender);
         if let Err(error) = sent { self.on_bulk_lost(&error.to_string()) } else { Ok(()) }

@@ -35,12 +35,13 @@ const TICK: Duration = Duration::from_millis(100);
 pub enum Event {
     /// Somebody has connected and said HELLO or JOIN.
     Caller(Caller),
-    /// From the main channel of the connection with this epoch.
-    Main(u32, Brought),
-    /// From a bulk channel of the connection with this epoch.
-    Bulk(u32, Brought),
-    /// The import has ended.
-    Imported(Result<Imported, ClientError>),
+    /// From the main channel of this connection. Named by session and epoch: what an attempt that is
+    /// over still brings must not be taken for the next one's, which begins with the same epoch.
+    Main(Attempt, Brought),
+    /// From a bulk channel of this connection.
+    Bulk(Attempt, Brought),
+    /// The import of this attempt has ended.
+    Imported(Attempt, Result<Imported, ClientError>),
 }
 
 /// Takes in one machine. Attempts that fail leave it waiting for the next, unless the connection
@@ -180,11 +181,11 @@ impl<'a> Arrival<'a> {
     fn on_event(&mut self, event: Event) -> Result<Option<Arrived>, MigrateError> {
         match event {
             Event::Caller(caller) => self.on_caller(caller).map(|()| None),
-            Event::Main(epoch, brought) if self.is_current(epoch) => match brought {
+            Event::Main(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(message) => self.on_message(message),
                 Brought::Lost(why) => self.on_lost(&why).map(|()| None),
             },
-            Event::Bulk(epoch, brought) if self.is_current(epoch) => match brought {
+            Event::Bulk(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(Message::Barrier { pass }) => self.on_barrier(pass).map(|()| None),
                 Brought::Message(other) => {
                     self.fail(format!("{} does not belong on a bulk channel", other.kind()))?;
@@ -192,13 +193,19 @@ impl<'a> Arrival<'a> {
                 }
                 Brought::Lost(why) => self.on_bulk_lost(&why).map(|()| None),
             },
-            Event::Main(..) | Event::Bulk(..) => Ok(None),
-            Event::Imported(result) => self.on_imported(result).map(|()| None),
+            Event::Imported(attempt, result) if self.is_session(attempt) => {
+                self.on_imported(result).map(|()| None)
+            }
+            Event::Main(..) | Event::Bulk(..) | Event::Imported(..) => Ok(None),
         }
     }
 
-    fn is_current(&self, epoch: u32) -> bool {
-        self.session.as_ref().is_some_and(|s| s.attempt.epoch == epoch && s.main.is_some())
+    fn is_current(&self, attempt: Attempt) -> bool {
+        self.session.as_ref().is_some_and(|s| s.attempt == attempt && s.main.is_some())
+    }
+
+    fn is_session(&self, attempt: Attempt) -> bool {
+        self.session.as_ref().is_some_and(|s| s.attempt.session == attempt.session)
     }
 
     fn on_message(&mut self, message: Message) -> Result<Option<Arrived>, MigrateError> {
