@@ -93,18 +93,19 @@ fn disturbed(scene: &Scene, from: &Host, to: &mut Receiver, dice: &mut Dice) -> 
     }
     let end = send.end();
     // What is not settled is settled through a link that works: the recorded destination is this one.
-    if end.code == 7 || end.code < 0 {
-        if let Some(status) = Client::connect(&from.control, "test").ok().and_then(|mut c| c.status().ok())
-            && matches!(status.ownership, Ownership::Committed { .. })
-            && to.program.is_running()
-        {
-            from.await_status("the dead vmsend is gone", |s| !s.mover_attached);
-            let resumed = scene.resume(from, &[]).end();
-            eprintln!("resumed: {} {}", resumed.code, resumed.stderr.trim());
-            return resumed;
-        }
+    if (end.code == 7 || end.code < 0) && is_committed(from) && to.program.is_running() {
+        from.await_status("the dead vmsend is gone", |s| !s.mover_attached);
+        let resumed = scene.resume(from, &[]).end();
+        eprintln!("resumed: {} {}", resumed.code, resumed.stderr.trim());
+        return resumed;
     }
     end
+}
+
+/// Whether that vmrun is there and has committed its guest.
+fn is_committed(host: &Host) -> bool {
+    let status = Client::connect(&host.control, "test").ok().and_then(|mut c| c.status().ok());
+    status.is_some_and(|s| matches!(s.ownership, Ownership::Committed { .. }))
 }
 
 /// Checks that the exit code was true, and has the operator decide what is left open; whether the
