@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::control::{Client, ClientError, Imported, Remap};
+use crate::control::{Client, ClientError, DEFAULT_TIMEOUT, Imported, Remap};
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::memfd;
@@ -17,6 +17,10 @@ use super::ram::Ram;
 
 /// How long a `vmrun` may take until its control socket answers.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long making a machine may take. On a host whose CPUs are all busy with guests, KVM waits for
+/// each of them several times while it makes a VM: seconds have been seen.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Which `vmrun` takes the guest.
 #[derive(Clone, Debug)]
@@ -63,7 +67,10 @@ impl Host {
 
     /// Makes the machine, empty, and gives its RAM.
     pub fn prepare(&mut self, attempt: Attempt, machine: &MachineDescription) -> Result<Ram, ClientError> {
-        let (prepared, memfds) = self.client.prepare(attempt, machine, self.options.remap.clone())?;
+        self.client.set_timeout(PREPARE_TIMEOUT);
+        let prepared = self.client.prepare(attempt, machine, self.options.remap.clone());
+        self.client.set_timeout(DEFAULT_TIMEOUT);
+        let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
         Ram::new(prepared.ram.map, memfds).map_err(|source| ClientError::Io { path: path(), source })
     }

@@ -1,6 +1,6 @@
 //! Migrations that succeed: shapes of guests, ways to connect, options, and what is told of them.
 
-use crate::guest::{check_alive, check_beats, check_story, output};
+use crate::guest::{check_alive, check_beats, output};
 use crate::program::until;
 use crate::scene::{Host, Scene, binary, kvm, vmctl};
 
@@ -80,20 +80,23 @@ fn ten_times_back_and_forth() {
         return;
     }
     let scene = Scene::new();
-    let first = scene.guest("h0", "32M", 2, "fill=8M ws=2M rate=10");
-    let mut hosts = vec![first.host.clone()];
+    let first = scene.guest("a", "32M", 2, "fill=8M ws=2M rate=10");
+    // Where the guest has been, in order: each time at one of the same two sockets.
+    let mut stations = vec![first.host.clone()];
     for n in 1..=10 {
-        let mut to = scene.receiver(&format!("h{n}"), &[]);
-        scene.send(&hosts[n - 1], &to.address, &[]).end().expect(0, &[]);
+        let mut to = scene.receiver(["a", "b"][n % 2], &[]);
+        let from = &mut stations[n - 1];
+        scene.send(from, &to.address, &[]).end().expect(0, &[]);
         assert_eq!(to.program.end().code, 0);
-        hosts[n - 1].await_gone();
-        hosts.push(to.host.clone());
-        let all: Vec<&Host> = hosts.iter().collect();
-        check_beats(&all);
+        from.await_gone();
+        // Out of the way of the guest's next stay there.
+        let kept = scene.path(&format!("log.{n}"));
+        std::fs::rename(&from.log, &kept).unwrap();
+        from.log = kept;
+        stations.push(to.host.clone());
+        check_beats(&stations.iter().collect::<Vec<_>>());
     }
-    let all: Vec<&Host> = hosts.iter().collect();
-    check_alive(&all);
-    assert!(check_story(&all) > 10);
+    check_alive(&stations.iter().collect::<Vec<_>>());
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod proxy;
 mod scene;
 
 mod bad_input;
+mod chaos;
 mod happy;
 mod hostile;
 mod network;

@@ -273,6 +273,23 @@ fn signals_and_cancel_stop_it_and_the_guest_stays() {
 }
 
 #[test]
+fn one_attempt_follows_another_at_once() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.small("a");
+    let mut b = scene.receiver("b", &[]);
+    let link = Proxy::to(&b.address);
+    for _ in 0..5 {
+        link.cut_at(Way::ToDest, FrameType::Barrier);
+        scene.send(&a, &link.address, &[]).end().expect(5, &["the source has the guest"]);
+        link.heal();
+    }
+    check_next_try(&scene, &a, &mut b);
+}
+
+#[test]
 fn a_closed_standard_output_changes_nothing() {
     if !kvm() {
         return;

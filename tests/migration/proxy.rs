@@ -137,6 +137,11 @@ impl Proxy {
         self.shared.lock().passed.get(&(way, kind)).copied().unwrap_or(0)
     }
 
+    /// Waits until a frame of that kind has passed.
+    pub fn await_passed(&self, way: Way, kind: FrameType) {
+        self.shared.await_state("the frame has passed", |state| state.passed.contains_key(&(way, kind)));
+    }
+
     fn rule(&self, way: Way, kind: FrameType, act: Act) -> u64 {
         let mut state = self.shared.lock();
         state.next_id += 1;

@@ -188,6 +188,11 @@ impl Scene {
     pub fn send(&self, host: &Host, dest: &str, args: &[&str]) -> Program {
         let mut command = self.command("vmsend");
         command.arg("--vm").arg(&host.control).arg("--json").arg(dest).args(args);
+        if !args.contains(&"--peer-timeout") {
+            // Making a VM takes KVM seconds where all CPUs are busy with guests, and a receiver that
+            // does so for an attempt that has ended hears the next one late.
+            command.args(["--peer-timeout", "30s"]);
+        }
         self.start("vmsend", command)
     }
 

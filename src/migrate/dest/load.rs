@@ -111,7 +111,9 @@ impl Arrival<'_> {
             Err(error) => return self.fail(error),
         };
         let (events, attempt) = (self.events.clone(), session.attempt);
-        std::thread::spawn(move || drop(events.send(Event::Imported(host::import(client, attempt, &state)))));
+        std::thread::spawn(move || {
+            let _ = events.send(Event::Imported(attempt, host::import(client, attempt, &state)));
+        });
         Ok(())
     }
 

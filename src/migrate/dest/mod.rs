@@ -40,14 +40,15 @@ const TICK: Duration = Duration::from_millis(100);
 pub enum Event {
     /// Somebody has connected and said HELLO or JOIN.
     Caller(Caller),
-    /// From the main channel of the connection of this attempt.
+    /// From the main channel of this connection. Named by session and epoch: what an attempt that is
+    /// over still brings must not be taken for the next one's, which begins with the same epoch.
     Main(Attempt, Brought),
-    /// From a further channel of the connection of this attempt.
+    /// From a bulk channel of this connection.
     Bulk(Attempt, Brought),
+    /// The import of this attempt has ended.
+    Imported(Attempt, Result<Imported, ClientError>),
     /// Postcopy: the last missing page has come.
     AllPresent,
-    /// The import has ended.
-    Imported(Result<Imported, ClientError>),
 }
 
 /// Takes in one machine. Attempts that fail leave it waiting for the next, unless the connection
@@ -256,14 +257,20 @@ impl<'a> Arrival<'a> {
                 }
                 Brought::Lost(why) => self.on_bulk_lost(&why).map(|()| None),
             },
-            Event::Main(..) | Event::Bulk(..) => Ok(None),
+            Event::Imported(attempt, result) if self.is_session(attempt) => {
+                self.on_imported(result).map(|()| None)
+            }
             Event::AllPresent => self.on_all_present().map(|()| None),
-            Event::Imported(result) => self.on_imported(result).map(|()| None),
+            Event::Main(..) | Event::Bulk(..) | Event::Imported(..) => Ok(None),
         }
     }
 
     fn is_current(&self, attempt: Attempt) -> bool {
         self.session.as_ref().is_some_and(|s| s.attempt == attempt && s.main.is_some())
+    }
+
+    fn is_session(&self, attempt: Attempt) -> bool {
+        self.session.as_ref().is_some_and(|s| s.attempt.session == attempt.session)
     }
 
     fn on_message(&mut self, message: Message) -> Result<Option<Arrived>, MigrateError> {

@@ -24,7 +24,8 @@ impl Arrival<'_> {
             }
             session.waiting_since = Some(Instant::now());
         }
-        self.input(DestInput::LinkLost)?;
+        // Where that ends the attempt, the reason is the link's.
+        let _ = self.input(DestInput::LinkLost);
         match self.step {
             DestStep::InDoubt | DestStep::Running => {
                 self.observer
