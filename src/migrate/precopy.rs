@@ -9,6 +9,7 @@ use super::bulk::{Counters, Views};
 use super::convergence::PassReport;
 use super::outcome::MigrateError;
 use super::queue::{Chunk, PassQueue};
+use super::ram::DataCursor;
 
 /// Pages in one frame, at most: what fits the CPU's cache on both sides.
 const CHUNK_PAGES: u64 = 64;
@@ -64,6 +65,7 @@ impl Bulk {
         let total = pass.set.capacity();
         let pages = pass.set.count();
         let mut left = pages;
+        let mut cursor = pass.first.then(DataCursor::default);
         let mut window = 0;
         while window < total && left > 0 {
             let end = (window + WINDOW_PAGES).min(total);
@@ -72,7 +74,7 @@ impl Bulk {
                 if pass.guest_runs {
                     conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
                 }
-                self.hand_out(pass, &runs, window, end, conductor)?;
+                self.hand_out(&runs, cursor.as_mut(), window, end, conductor)?;
                 left -= runs.iter().map(|r| r.pages).sum::<u64>();
                 conductor.tick(pass.number, left)?;
             }
@@ -93,18 +95,17 @@ impl Bulk {
     /// now, after the window's log was re-armed: a page that gets memory later is in the log.
     fn hand_out(
         &self,
-        pass: &Pass,
         runs: &[PageRun],
+        first_pass: Option<&mut DataCursor>,
         from: u64,
         to: u64,
         conductor: &mut impl Conductor,
     ) -> Result<(), MigrateError> {
-        let resident = match pass.first {
-            true => {
-                Some(self.views.ram().resident(PageIndex(from), to - from).map_err(super::outcome::here)?)
-            }
-            false => None,
-        };
+        let ram = self.views.ram();
+        let resident = first_pass
+            .map(|cursor| ram.resident(PageIndex(from), to - from, cursor))
+            .transpose()
+            .map_err(super::outcome::here)?;
         let mut chunk = Chunk::default();
         let mut chunk_pages = 0;
         for run in runs {
