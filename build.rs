@@ -29,6 +29,8 @@ fn main() {
     let sources = ["guest/heartbeat.S", "guest/heartbeat.c"];
     compile(&out.join("heartbeat.elf"), &[&c_flags[..], &script[..], &sources[..]].concat());
     compile(&out.join("other.elf"), &["-Wl,-Ttext-segment=0x400000", "tests/guests/other.S"]);
+    // For integration tests, which do not have OUT_DIR.
+    println!("cargo::rustc-env=OTHER_ELF={}", out.join("other.elf").display());
 }
 
 /// Compiles and links one guest; stops the build with the compiler's own words when that fails.

@@ -98,3 +98,69 @@ fn the_reader_of_use_lines_sees_through_their_forms() {
     let text = "use crate::vmm::x;\nuse crate::{migrate, wire::{a, b}, state};\n// crate::sys\nlet y = crate::memory::z();";
     assert_eq!(uses(text), ["vmm", "migrate", "wire", "state", "memory"]);
 }
+
+/// Where unsafe code may be.
+const UNSAFE_PLACES: [&str; 2] = ["src/sys/", "src/vmm/memory.rs"];
+
+/// Lines of `text` with the keyword `unsafe`, comments and strings aside: their number, from 1, and
+/// whether a `// SAFETY:` comment (or, for what is declared, a `# Safety` section) is right above.
+fn unsafe_lines(text: &str) -> Vec<(usize, bool)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let is_keyword = |line: &&str| {
+        let code = line.split("//").next().unwrap_or_default();
+        let unquoted: String = code.split('"').step_by(2).collect();
+        unquoted.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
+    };
+    let explained = |at: usize| {
+        // The statement or item that the keyword belongs to may have begun up to two lines before;
+        // the comment above it may be of any length.
+        let mut above = at;
+        for _ in 0..=2 {
+            let comment: Vec<&str> = lines[..above]
+                .iter()
+                .rev()
+                .map(|l| l.trim_start())
+                .take_while(|l| l.starts_with("//") || l.starts_with("#["))
+                .collect();
+            if comment.iter().any(|l| l.starts_with("// SAFETY:") || l.starts_with("/// # Safety")) {
+                return true;
+            }
+            above = above.saturating_sub(1);
+        }
+        false
+    };
+    (0..lines.len()).filter(|n| is_keyword(&lines[*n])).map(|n| (n + 1, explained(n))).collect()
+}
+
+#[test]
+fn unsafe_code_is_in_its_places_and_every_piece_says_why_it_is_sound() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = vec![root.join("build.rs")];
+    rust_files(&root.join("src"), &mut files);
+    rust_files(&root.join("tests"), &mut files);
+    let (mut wrong, mut found) = (Vec::new(), 0);
+    for file in files {
+        let path = file.strip_prefix(root).unwrap().display().to_string();
+        for (line, explained) in unsafe_lines(&fs::read_to_string(&file).unwrap()) {
+            found += 1;
+            if !UNSAFE_PLACES.iter().any(|place| path.starts_with(place)) {
+                wrong.push(format!("{path}:{line}: unsafe code belongs in {UNSAFE_PLACES:?}"));
+            } else if !explained {
+                wrong.push(format!("{path}:{line}: no // SAFETY: comment above it"));
+            }
+        }
+    }
+    assert!(found > 10, "only {found} unsafe lines were found: the test reads nothing");
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let lib = fs::read_to_string(root.join("src/lib.rs")).unwrap();
+    assert!(lib.contains("#![deny(unsafe_code)]"), "src/lib.rs must deny unsafe code");
+}
+
+#[test]
+fn the_reader_of_unsafe_code_sees_what_is_explained() {
+    let good = "// SAFETY: one,\n// two.\nlet a =\n    unsafe { f() };\nlet b = \"unsafe\"; // unsafe\n";
+    assert_eq!(unsafe_lines(good), [(4, true)]);
+    let bad =
+        "// SAFETY: for g.\nlet c = 1;\nlet d = 2;\nlet e = 3;\nunsafe { g() };\n#![deny(unsafe_code)]\n";
+    assert_eq!(unsafe_lines(bad), [(5, false)]);
+}

@@ -29,19 +29,32 @@ pub enum Exit {
     Signal(i32),
 }
 
-/// What each code of `vmsend` and `vmrecv` says, for man pages and help.
-pub const MOVER_CODES: &[(Exit, &str)] = &[
+/// What each code of `vmsend` says, for its man page and its help.
+pub const SEND_CODES: &[(Exit, &str)] = &[
     (Exit::Done, "done: the destination runs the guest"),
     (Exit::Failed, "failed: the source runs the guest"),
     (Exit::Usage, "usage: nothing was touched"),
-    (Exit::Refused, "refused by preflight: both sides are untouched"),
+    (Exit::Refused, "refused by the destination before anything was sent: both sides are untouched"),
     (Exit::NotConverged, "did not converge: the source runs the guest"),
-    (Exit::PeerFailed, "the peer, the protocol or authentication failed: the source runs the guest"),
-    (Exit::Resumable, "interrupted, and resumable: the guest is held, nothing is lost"),
-    (Exit::Unknown, "outcome unknown: both sides hold still"),
-    (Exit::Lost, "the guest is lost"),
+    (Exit::PeerFailed, "the peer, the link or the protocol failed: the source runs the guest"),
+    (Exit::Resumable, "interrupted, and resumable (kept for postcopy; not given yet)"),
+    (Exit::Unknown, "outcome unknown: the source holds still, and the destination may run the guest"),
+    (Exit::Lost, "the guest is lost (kept for postcopy; not given yet)"),
     (Exit::Signal(2), "SIGINT was honoured: the source runs the guest"),
     (Exit::Signal(15), "SIGTERM was honoured: the source runs the guest"),
+];
+
+/// What each code of `vmrecv` says.
+pub const RECV_CODES: &[(Exit, &str)] = &[
+    (Exit::Done, "a guest has come and runs here"),
+    (Exit::Failed, "failed: there is no guest here"),
+    (Exit::Usage, "usage: nothing was touched"),
+    (Exit::Refused, "this host cannot take the guest (only where no other can come: exec: and -)"),
+    (Exit::PeerFailed, "the peer, the link or the protocol failed (likewise)"),
+    (Exit::Unknown, "outcome unknown: vmrun holds the guest here for the source's word"),
+    (Exit::Lost, "vmrun has ended while it ran the guest, or was told to"),
+    (Exit::Signal(2), "SIGINT was honoured while waiting or loading: the source has its guest"),
+    (Exit::Signal(15), "SIGTERM, likewise"),
 ];
 
 /// What each code of `vmrun` says.
@@ -49,6 +62,7 @@ pub const VMRUN_CODES: &[(Exit, &str)] = &[
     (Exit::Done, "the guest has ended (power-off, reset), was sent away, or quit was said"),
     (Exit::Failed, "the machine could not be started, or KVM could not go on with it"),
     (Exit::Usage, "usage: nothing was touched"),
+    (Exit::Signal(1), "ended by SIGHUP"),
     (Exit::Signal(2), "ended by SIGINT"),
     (Exit::Signal(15), "ended by SIGTERM"),
 ];
@@ -57,7 +71,7 @@ pub const VMRUN_CODES: &[(Exit, &str)] = &[
 pub const VMCTL_CODES: &[(Exit, &str)] = &[
     (Exit::Done, "done"),
     (Exit::Failed, "failed: nobody answers at the socket, or what was asked went wrong"),
-    (Exit::Usage, "usage: nothing was asked"),
+    (Exit::Usage, "usage: nothing was asked, or the program at the socket does not know the command"),
     (
         Exit::Refused,
         "refused: the state of the guest or of its ownership does not allow it, or another client has it",
@@ -104,11 +118,6 @@ impl From<Ending> for Exit {
     }
 }
 
-/// A table of codes for `--help`.
-pub fn table(codes: &[(Exit, &str)]) -> String {
-    codes.iter().map(|(exit, text)| format!("  {:<4} {text}\n", exit.code())).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,7 +125,7 @@ mod tests {
     #[test]
     fn signals_are_said_as_shells_do() {
         assert_eq!((Exit::Signal(2).code(), Exit::Signal(15).code()), (130, 143));
-        let codes: Vec<u8> = MOVER_CODES.iter().map(|(e, _)| e.code()).collect();
+        let codes: Vec<u8> = SEND_CODES.iter().map(|(e, _)| e.code()).collect();
         assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6, 7, 8, 130, 143]);
     }
 }

@@ -6,15 +6,15 @@ use tracing::Level;
 /// `--log LEVEL`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {
-    /// Only what went wrong.
+    /// What went wrong
     Error,
-    /// And what deserves attention.
+    /// Also what deserves attention
     Warn,
-    /// And what happens.
+    /// Also what happens
     Info,
-    /// And why.
+    /// Also why
     Debug,
-    /// Everything.
+    /// Everything
     Trace,
 }
 

@@ -2,7 +2,9 @@
 //! so that the binaries only call it.
 
 pub mod exit;
+pub mod flags;
 pub mod log;
+pub mod manual;
 pub mod output;
 pub mod progress;
 pub mod units;

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueHint};
 use serde::Serialize;
 use serde_json::json;
 
 use super::exit::{self, Exit};
+use super::flags;
+use super::manual::Manual;
 use super::output;
 use super::units::{Rate, Size, duration};
 use crate::control::mover::{MoverEvent, MoverProgress, MoverRequest};
@@ -18,26 +20,37 @@ use crate::switchover::OperatorWord;
 
 const NAME: &str = "vmctl";
 
-/// Asks and tells a hosted microVM, or a migration under way
-///
-/// SOCK is the control socket of a vmrun (status, pause, resume, quit, events, machine) or of a
-/// vmsend (status, progress, set, switch-now, cancel, events).
+/// Ask and tell a hosted microVM, or a migration under way
 #[derive(Debug, Parser)]
-#[command(name = NAME, version, after_long_help = after_help())]
+#[command(
+    name = NAME,
+    version,
+    long_about = LONG_ABOUT,
+    after_long_help = MANUAL.after_help(),
+    override_usage = "vmctl [OPTIONS] <SOCK> <COMMAND>",
+    disable_help_subcommand = true
+)]
 pub struct Args {
-    /// The control socket of a vmrun or a vmsend
-    #[arg(value_name = "SOCK")]
+    /// Control socket of a vmrun or a vmsend
+    #[arg(value_name = "SOCK", value_hint = ValueHint::FilePath)]
     pub socket: PathBuf,
 
-    /// Print JSON, one object a line
-    #[arg(long, global = true)]
+    /// Print JSON on standard output, one object a line
+    #[arg(long, global = true, display_order = 100)]
     pub json: bool,
 
-    /// How long to wait for an answer
+    /// Give up when there is no answer after this time
     ///
     /// Every program answers within 100 ms. What takes longer (a pause) says so, and is then waited
     /// for as long again.
-    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "TIME",
+        default_value = "10s",
+        value_parser = duration,
+        display_order = 100
+    )]
     pub timeout: Duration,
 
     /// What to do
@@ -48,11 +61,11 @@ pub struct Args {
 /// What can be asked.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Says who has the guest and what it does
+    /// Say who has the guest and what it does, or how far the migration is
     Status,
-    /// Pauses the guest until it is resumed; returns when every vCPU has stopped
+    /// Pause the guest until it is resumed; returns when every vCPU has stopped
     Pause,
-    /// Lets the guest go on
+    /// Let the guest go on
     ///
     /// Refused while the guest was committed to another host, which may run it: two copies of one
     /// guest destroy its data. If that host is certain never to run it again (it is powered off,
@@ -65,46 +78,58 @@ pub enum Command {
         #[arg(long, requires = "force")]
         peer_fenced: bool,
     },
-    /// Ends the guest and its vmrun; returns when that is under way
+    /// End the guest and its vmrun; returns when that is under way
     Quit {
-        /// Also while a migration is under way or the guest may be the only copy
+        /// Do it also while a migration is under way or the guest may be the only copy
         #[arg(long)]
         force: bool,
     },
-    /// Prints what happens, until the program ends
+    /// Print what happens, until the program ends
     Events,
-    /// Describes the machine as another host must be able to make it
+    /// Describe the machine as another host must be able to make it
     Machine,
-    /// vmsend: how far the migration is
+    /// vmsend: say how far the migration is
     Progress,
-    /// vmsend: changes settings of the migration under way
+    /// vmsend: change settings of the migration under way
     #[command(arg_required_else_help = true)]
     Set {
-        /// The downtime to aim for
+        /// Let the guest stand still for no longer than this
         #[arg(long, value_name = "TIME", value_parser = duration)]
         downtime: Option<Duration>,
-        /// The most to send: bytes a second as 100M, or bits as 1Gbit; 0 for no limit
+        /// Send no more than this; 0 is no limit
         #[arg(long, value_name = "RATE")]
         bwlimit: Option<Rate>,
     },
-    /// vmsend: gives up; the guest stays where it is
+    /// vmsend: give up; the guest stays at the source
     Cancel,
-    /// vmsend: switches over as soon as possible, whatever downtime that costs
+    /// vmsend: switch over as soon as possible, whatever downtime that costs
     SwitchNow,
 }
 
-/// The end of `--help`, and of the man page.
-pub fn after_help() -> String {
-    format!(
-        "Examples:\n  \
-         vmctl a.sock status\n  \
-         vmctl a.sock --json events\n  \
-         vmctl send.sock set --downtime 50ms --bwlimit 1Gbit\n  \
-         vmctl a.sock resume --force --peer-fenced\n\n\
-         Exit codes:\n{}",
-        exit::table(exit::VMCTL_CODES)
-    )
-}
+const LONG_ABOUT: &str = "\
+Ask and tell a hosted microVM, or a migration under way.
+
+SOCK is the control socket of a vmrun (for status, pause, resume, quit, events, machine) or of a \
+vmsend (for status, progress, set, switch-now, cancel, events).";
+
+/// What the help and the man page say beside the flags.
+pub const MANUAL: Manual = Manual {
+    values: &[flags::TIME, flags::RATE],
+    examples: &[
+        ("who has the guest?", "vmctl /run/a.sock status"),
+        ("what happens, for a program", "vmctl /run/a.sock --json events"),
+        ("change a migration under way", "vmctl /run/send.sock set --downtime 50ms --bwlimit 1Gbit"),
+        (
+            "bring a guest back whose new host was powered off for good",
+            "vmctl /run/a.sock resume --force --peer-fenced",
+        ),
+    ],
+    exits: exit::VMCTL_CODES,
+    signals: "",
+    files: &[],
+    environment: &[],
+    see_also: &["vmrecv", "vmrun", "vmsend"],
+};
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]

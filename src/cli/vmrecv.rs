@@ -6,113 +6,133 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueHint};
 
 use crate::control::Remap;
 use crate::migrate::dest;
 use crate::migrate::host::HostOptions;
 use crate::migrate::options::{Arrived, ReceiveOptions};
 use crate::transport::{Address, needs_insecure};
+use crate::vmm::SerialBackend;
 
 use super::exit::{self, Exit};
-use super::log::{self, LogLevel};
+use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
+use super::log;
+use super::manual::Manual;
 use super::output::complain;
 use super::progress::Display;
 use super::units::duration;
 
-/// Takes a microVM in from another host.
+/// Take a microVM in from another host
 #[derive(Clone, Debug, Parser)]
-#[command(name = NAME, version, about, long_about = LONG_ABOUT, after_long_help = after_help())]
+#[command(
+    name = NAME,
+    version,
+    long_about = LONG_ABOUT,
+    after_long_help = MANUAL.after_help(),
+    override_usage = "vmrecv [OPTIONS] --control <SOCK> <LISTEN>"
+)]
 pub struct Args {
     /// Where to wait for vmsend: tcp:HOST:PORT, unix:PATH, exec:COMMAND or -
     ///
-    /// Port 0 takes any free port and says which.
+    /// Port 0 takes any free port and says which. `exec:` runs a command with sh and speaks with it
+    /// through its standard input and output; `-` is this program's own. An IPv6 address is put in
+    /// brackets.
     #[arg(value_name = "LISTEN")]
     pub listen: Address,
 
     /// Control socket of the vmrun that takes the guest
-    #[arg(long, value_name = "SOCK")]
+    #[arg(long, value_name = "SOCK", value_hint = ValueHint::FilePath)]
     pub control: PathBuf,
 
-    /// Use the `vmrun --incoming` that listens on --control already
+    /// Use the vmrun --incoming that listens on --control already
+    ///
+    /// Otherwise vmrecv starts one, which lives on after it.
     #[arg(long)]
     pub attach: bool,
 
-    /// The guest's serial port: stdio (output only), file:PATH, pty or none
+    /// What the guest's serial port is connected to: stdio, file:PATH, pty or none
+    ///
+    /// stdio has output only. file: appends the output to the file.
     #[arg(long, value_name = "WHERE", default_value = "none", conflicts_with = "attach")]
-    pub serial: String,
-
-    /// The vmrun program to start; the one beside vmrecv by default
-    #[arg(long, value_name = "PROGRAM", conflicts_with = "attach")]
-    pub vmrun: Option<PathBuf>,
+    pub serial: SerialBackend,
 
     /// Replace the host end of a device, as in serial0=file:/var/log/guest
+    ///
+    /// May be given more than once. `vmctl SOCK machine` at the source tells the devices.
     #[arg(long, value_name = "ID=VALUE", value_parser = remap)]
     pub remap: Vec<Remap>,
 
-    /// Take guests from beyond loopback without encryption or authentication
-    #[arg(long)]
-    pub insecure: bool,
+    /// The vmrun program to start; the one beside vmrecv by default
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        conflicts_with = "attach",
+        value_hint = ValueHint::ExecutablePath
+    )]
+    pub vmrun: Option<PathBuf>,
 
-    /// How long a silence of the other side counts as its death
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
-    pub peer_timeout: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub peer: PeerArgs,
 
-    /// How long to wait for a source that was lost after the guest began to run here
-    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
+    /// Wait this long for a source that was lost after the guest began to run here
+    ///
+    /// The guest runs meanwhile; only the closing comparison of page counts is waited for.
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "10m",
+        value_parser = duration,
+        help_heading = CONNECTION
+    )]
     pub linger: Duration,
 
-    /// One JSON object a line on standard output, the result last
-    #[arg(long)]
-    pub json: bool,
-
-    /// Errors only
-    #[arg(short, long)]
-    pub quiet: bool,
-
-    /// What to tell on standard error beside that
-    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
-    pub log: LogLevel,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: OutputArgs,
 }
 
 const NAME: &str = "vmrecv";
 
 const LONG_ABOUT: &str = "\
-Takes a microVM in from another host.
+Take a microVM in from another host.
 
-Starts an empty vmrun (or attaches to one), waits for one vmsend, and leaves the guest running in
-that vmrun, from where it can be sent on at once. An attempt that fails leaves it waiting for the
-next. Once the guest is acknowledged it is held until the source says RUN or REVOKE, for ever if need
-be: a time-out never decides.";
+vmrecv starts an empty vmrun (or attaches to one), waits for one vmsend, and leaves the guest \
+running in that vmrun, from where it can be sent on at once. An attempt that fails leaves it waiting \
+for the next, unless its one connection was given to it (exec: and -). Once the guest is \
+acknowledged it is held until the source says RUN or REVOKE, for ever if need be: a time-out never \
+decides.";
 
-/// What the codes say on this side.
-const CODES: &[(Exit, &str)] = &[
-    (Exit::Done, "a guest has come and runs here"),
-    (Exit::Failed, "failed: there is no guest here"),
-    (Exit::Usage, "usage: nothing was touched"),
-    (Exit::Refused, "this host cannot take the guest (where it cannot wait for another)"),
-    (Exit::PeerFailed, "the peer, the link or the protocol failed (likewise)"),
-    (Exit::Unknown, "outcome unknown: the guest is held here for the source's word"),
-    (Exit::Lost, "the guest is lost"),
-    (Exit::Signal(2), "SIGINT was honoured while waiting or loading: the source has its guest"),
-    (Exit::Signal(15), "SIGTERM, likewise"),
-];
-
-fn after_help() -> String {
-    format!(
-        "\
-EXAMPLES
-  vmrecv --control /run/vm.sock tcp:127.0.0.1:7070
-  vmrecv --control /run/vm.sock --serial file:/var/log/guest.log --insecure tcp:0.0.0.0:7070
-
-EXIT CODES
-{}
-FILES
-  SOCK.session.json  the record of who owns the guest, kept as long as it is acknowledged and not
-                     yet handed over",
-        exit::table(CODES)
-    )
-}
+/// What the help and the man page say beside the flags.
+pub const MANUAL: Manual = Manual {
+    values: &[flags::TIME],
+    examples: &[
+        ("wait on loopback", "vmrecv --control /run/b.sock tcp:127.0.0.1:7070"),
+        ("wait for any host, in the clear", "vmrecv --control /run/b.sock --insecure tcp:0.0.0.0:7070"),
+        (
+            "keep the guest's serial output",
+            "vmrecv --control b.sock --serial file:guest.log tcp:127.0.0.1:7070",
+        ),
+        ("fill a vmrun that is there already", "vmrecv --attach --control /run/b.sock tcp:127.0.0.1:7070"),
+    ],
+    exits: exit::RECV_CODES,
+    signals: "SIGINT and SIGTERM end the wait and drop a guest that is being loaded. While the guest is \
+              acknowledged and not yet handed over they are refused with a message.",
+    files: &[
+        ("SOCK", "the control socket of the vmrun that takes the guest"),
+        (
+            "SOCK.session.json",
+            "vmrun's record of who owns the guest, from its acknowledgement on; it stays for as long as a \
+             guest that came lives",
+        ),
+    ],
+    environment: &[(
+        flags::LOG_VARIABLE,
+        "the LEVEL of --log, where that is not given; also that of the vmrun which vmrecv starts",
+    )],
+    see_also: &["vmctl", "vmrun", "vmsend"],
+};
 
 fn remap(text: &str) -> Result<Remap, String> {
     match text.split_once('=') {
@@ -127,13 +147,13 @@ impl Args {
     fn options(&self) -> ReceiveOptions {
         ReceiveOptions {
             listen: self.listen.clone(),
-            peer_timeout: self.peer_timeout,
+            peer_timeout: self.peer.peer_timeout,
             linger: self.linger,
             host: HostOptions {
                 control: self.control.clone(),
                 attach: self.attach,
                 vmrun: self.vmrun.clone(),
-                serial: self.serial.clone(),
+                serial: self.serial.to_string(),
                 remap: self.remap.clone(),
             },
         }
@@ -143,13 +163,13 @@ impl Args {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    log::start(args.log);
-    if let Some(why) = needs_insecure(&args.listen).filter(|_| !args.insecure) {
+    log::start(args.output.log.level);
+    if let Some(why) = needs_insecure(&args.listen).filter(|_| !args.peer.insecure) {
         complain(NAME, why);
         return Exit::Usage.into();
     }
     let stream_on_stdout = args.listen == Address::Stdio;
-    if stream_on_stdout && (args.json || args.serial == "stdio") {
+    if stream_on_stdout && (args.output.json || args.serial == SerialBackend::Stdio) {
         complain(NAME, "the stream has standard output: neither --json nor --serial stdio goes with it");
         return Exit::Usage.into();
     }
@@ -160,7 +180,7 @@ pub fn main() -> ExitCode {
             return Exit::Failed.into();
         }
     }
-    let mut display = Display::new(NAME, args.quiet, args.json);
+    let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let exit = match dest::receive(&args.options(), &stop, &mut display) {
         Ok(arrived) => {
             display.done(&arrived, &arrived_text(&arrived));
@@ -180,4 +200,23 @@ fn arrived_text(a: &Arrived) -> String {
         a.zero_pages,
         a.control.display()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_fit_together() {
+        Args::command().debug_assert();
+        let parse = |line: &str| Args::try_parse_from(line.split_whitespace());
+        assert!(parse("vmrecv tcp:127.0.0.1:1").is_err());
+        assert!(parse("vmrecv --control b --attach --serial stdio -").is_err());
+        assert!(parse("vmrecv --control b --serial tty -").is_err());
+        assert!(parse("vmrecv --control b --remap serial0= -").is_err());
+        let args = parse("vmrecv --control b --remap serial0=none --linger 1m -").unwrap();
+        assert_eq!((args.remap.len(), args.linger), (1, Duration::from_secs(60)));
+    }
 }

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, ValueHint};
 
 use super::exit::{self, Exit};
-use super::log::{self, LogLevel};
+use super::flags::{self, LogArgs};
+use super::log;
+use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
 use crate::vmm::service::{Ending, Service, ServiceError};
@@ -14,101 +16,146 @@ use crate::vmm::{GuestExit, KernelSource, LocalConfig, MachineConfig, SerialBack
 
 const NAME: &str = "vmrun";
 
-/// Boots one microVM on KVM, or waits for one to come, and hosts it
-///
-/// vmrun holds the guest: KVM, its vCPUs, devices and memory. It opens no network connection. Other
-/// programs speak to it on its control socket: vmctl to ask and tell, vmsend to move the guest
-/// away, vmrecv to bring one in.
+/// Boot one microVM on KVM, or wait for one to come, and host it
 #[derive(Debug, Parser)]
-#[command(name = NAME, version, after_long_help = after_help())]
+#[command(
+    name = NAME,
+    version,
+    long_about = LONG_ABOUT,
+    after_long_help = MANUAL.after_help(),
+    override_usage = "vmrun [OPTIONS] --kernel <FILE|builtin:NAME>\n       vmrun [OPTIONS] --incoming --control <SOCK>"
+)]
 pub struct Args {
-    /// The kernel to boot: a PVH ELF, a bzImage, or builtin:heartbeat
+    /// Boot this kernel: a PVH ELF, a bzImage, or builtin:heartbeat
     ///
     /// FILE is a PVH ELF (a vmlinux, or any ELF with the PVH note) or a bzImage.
     /// builtin:heartbeat is the trial guest that comes with this program: it dirties memory, checks
     /// it, and prints a heartbeat; its parameters are given with --cmdline.
-    #[arg(long, value_name = "FILE|builtin:NAME", required_unless_present = "incoming")]
+    #[arg(
+        long,
+        value_name = "FILE|builtin:NAME",
+        required_unless_present = "incoming",
+        value_hint = ValueHint::FilePath,
+        help_heading = GUEST
+    )]
     pub kernel: Option<KernelSource>,
 
-    /// An initial RAM disk
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    /// Give the kernel this initial RAM disk; none by default
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "kernel",
+        value_hint = ValueHint::FilePath,
+        help_heading = GUEST
+    )]
     pub initrd: Option<PathBuf>,
 
-    /// The kernel's command line
+    /// Give the kernel this command line; empty by default
     #[arg(
         long,
         value_name = "TEXT",
         default_value = "",
         hide_default_value = true,
-        allow_hyphen_values = true
+        allow_hyphen_values = true,
+        help_heading = GUEST
     )]
     pub cmdline: String,
 
-    /// Guest memory: bytes, or 512M, 2G (powers of 1024)
-    #[arg(long, short, value_name = "SIZE", default_value = "512M")]
+    /// Size of the guest's memory, a multiple of 2M
+    #[arg(long, short, value_name = "SIZE", default_value = "512M", help_heading = GUEST)]
     pub memory: Size,
 
-    /// Number of vCPUs
-    #[arg(long, short, value_name = "N", default_value_t = 1)]
+    /// Number of vCPUs, from 1 to what KVM allows
+    #[arg(
+        long,
+        short,
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = GUEST
+    )]
     pub cpus: u32,
 
-    /// What the serial port is connected to: stdio, file:PATH, pty or none
-    ///
-    /// stdio puts a terminal into raw mode, but for Ctrl-C. file: appends the output to the file.
-    /// pty makes a pseudo-terminal and prints its path to standard error.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    pub serial: SerialBackend,
-
-    /// Listen for vmctl, vmsend and vmrecv on this Unix socket
-    ///
-    /// It is made with mode 0600, serves the same user and root, and is removed at the end. One that
-    /// a live program listens on is never replaced. While it is open who owns the guest, that is
-    /// written to SOCK.session.json.
-    #[arg(long, value_name = "SOCK", required_if_eq("incoming", "true"))]
-    pub control: Option<PathBuf>,
-
     /// The guest's name, in status and messages
-    #[arg(long, default_value = "guest")]
+    #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
 
     /// Do not start the guest before `vmctl SOCK resume`
-    #[arg(long)]
+    #[arg(long, requires = "control", help_heading = GUEST)]
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
     #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "paused"])]
     pub incoming: bool,
 
-    /// How much to tell on standard error
-    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Warn, env = "VMFERRY_LOG")]
-    pub log: LogLevel,
+    /// Make a control socket for vmctl, vmsend and vmrecv; none by default
+    ///
+    /// It is made with mode 0600, serves the same user and root, and is removed at the end. One that
+    /// a live program listens on is never replaced.
+    #[arg(
+        long,
+        value_name = "SOCK",
+        required_if_eq("incoming", "true"),
+        value_hint = ValueHint::FilePath
+    )]
+    pub control: Option<PathBuf>,
+
+    /// What the guest's serial port is connected to: stdio, file:PATH, pty or none
+    ///
+    /// stdio puts a terminal into raw mode, but for Ctrl-C. file: appends the output to the file.
+    /// pty makes a pseudo-terminal and prints its path to standard error.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: SerialBackend,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub log: LogArgs,
 }
 
-/// The end of `--help`, and of the man page.
-pub fn after_help() -> String {
-    format!(
-        "Examples:\n  \
-         vmrun --kernel builtin:heartbeat --memory 512M --cpus 2 --control /run/user/1000/a.sock\n  \
-         vmrun --kernel vmlinux --initrd initrd.img --cmdline 'console=ttyS0' --control a.sock\n  \
-         vmrun --incoming --control b.sock --serial file:b.log\n\n\
-         Signals:\n  \
-         SIGINT, SIGTERM and SIGHUP end the guest and vmrun. While the guest is committed to another\n  \
-         host, or held for its source, the first is refused; a second one within 5 seconds ends it\n  \
-         all the same.\n\n\
-         Files:\n  \
-         SOCK               the control socket\n  \
-         SOCK.session.json  who owns the guest, from its acknowledgement on; stays if that is open\n  \
-         SOCK.session.json.old[.N]\n                     \
-         records that an earlier vmrun left\n\n\
-         Exit codes:\n{}",
-        exit::table(exit::VMRUN_CODES)
-    )
-}
+const GUEST: &str = "Guest";
+
+const LONG_ABOUT: &str = "\
+Boot one microVM on KVM, or wait for one to come, and host it.
+
+vmrun holds the guest: KVM, its vCPUs, devices and memory. It opens no network connection. Other \
+programs speak to it on its control socket: vmctl to ask and tell, vmsend to move the guest away, \
+vmrecv to bring one in.";
+
+/// What the help and the man page say beside the flags.
+pub const MANUAL: Manual = Manual {
+    values: &[flags::SIZE],
+    examples: &[
+        (
+            "the trial guest, ready to be moved",
+            "vmrun --kernel builtin:heartbeat --memory 512M --control /run/a.sock",
+        ),
+        ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
+        ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
+    ],
+    exits: exit::VMRUN_CODES,
+    signals: "SIGINT, SIGTERM and SIGHUP end the guest and vmrun. While the guest is committed to another \
+              host, or held for its source, the first is refused; a second one within 5 seconds ends it \
+              all the same.",
+    files: &[
+        ("SOCK", "the control socket"),
+        (
+            "SOCK.session.json",
+            "who owns the guest, as soon as another host has or had a part in it; it stays when vmrun ends \
+             while that is open",
+        ),
+        (
+            "SOCK.session.json.old, SOCK.session.json.old.1, ...",
+            "records that an earlier vmrun left: set aside when the next one starts, never overwritten",
+        ),
+    ],
+    environment: &[(flags::LOG_VARIABLE, "the LEVEL of --log, where that is not given")],
+    see_also: &["vmctl", "vmrecv", "vmsend"],
+};
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    log::start(args.log);
+    log::start(args.log.level);
     let exit = match host(args) {
         Ok(ending) => tell(&ending),
         Err(e) => {
@@ -177,6 +224,8 @@ mod tests {
         assert!(parse("vmrun --incoming").is_err());
         assert!(parse("vmrun --incoming --control s --kernel k").is_err());
         assert!(parse("vmrun --incoming --control s --serial none").is_ok());
+        assert!(parse("vmrun --kernel k --cpus 0").is_err());
+        assert!(parse("vmrun --kernel k --paused").is_err());
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(
             (args.kernel, args.memory),

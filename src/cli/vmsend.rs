@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, ValueEnum, ValueHint};
 
 use crate::migrate::convergence::{OnTimeout, Policy};
 use crate::migrate::options::SendOptions;
@@ -15,110 +15,142 @@ use crate::migrate::{handover, source};
 use crate::transport::{Address, needs_insecure};
 
 use super::exit::{self, Exit};
-use super::log::{self, LogLevel};
+use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
+use super::log;
+use super::manual::Manual;
 use super::output::complain;
 use super::progress::{Display, size};
 use super::units::{Rate, duration};
 
-/// Moves a running microVM to another host.
+/// Move a running microVM to another host
 #[derive(Clone, Debug, Parser)]
-#[command(name = NAME, version, about, long_about = LONG_ABOUT, after_long_help = after_help())]
+#[command(
+    name = NAME,
+    version,
+    long_about = LONG_ABOUT,
+    after_long_help = MANUAL.after_help(),
+    override_usage = "vmsend [OPTIONS] --vm <SOCK> <DEST>\n       vmsend [OPTIONS] --vm <SOCK> --resume [--revoke]"
+)]
 pub struct Args {
     /// Control socket of the vmrun that has the guest
-    #[arg(long, value_name = "SOCK")]
+    #[arg(long, value_name = "SOCK", value_hint = ValueHint::FilePath)]
     pub vm: PathBuf,
+
+    /// Make a control socket for vmctl: progress, set, switch-now, cancel, events
+    ///
+    /// It is made with mode 0600, serves the same user and root, and is removed at the end.
+    #[arg(long, value_name = "SOCK", value_hint = ValueHint::FilePath)]
+    pub control: Option<PathBuf>,
 
     /// Where the guest goes: tcp:HOST:PORT, unix:PATH, exec:COMMAND or -
     ///
     /// A vmrecv waits there. `exec:` runs a command with sh and speaks with it through its standard
     /// input and output, as in exec:'ssh hostb vmrecv --control /run/vm.sock -'; `-` is this
-    /// program's own standard input and output.
+    /// program's own standard input and output. An IPv6 address is put in brackets.
     #[arg(value_name = "DEST", required_unless_present = "resume", conflicts_with = "resume")]
     pub dest: Option<Address>,
 
-    /// The longest the guest may stand still
+    /// Let the guest stand still for no longer than this
     ///
-    /// Passes are made until the expected downtime is below this, and on as long as each pass
-    /// clearly shortens it.
-    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = duration)]
+    /// Passes over memory are made until the expected downtime is below this, and on as long as
+    /// each pass clearly shortens it. It is an aim: what the last pass and the state take is
+    /// estimated from the passes before.
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "300ms",
+        value_parser = duration,
+        help_heading = SWITCHOVER
+    )]
     pub downtime: Duration,
 
-    /// After this long, do what --on-timeout says
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    /// After this time, do what --on-timeout says; no limit by default
+    #[arg(long, value_name = "TIME", value_parser = duration, help_heading = SWITCHOVER)]
     pub timeout: Option<Duration>,
 
-    /// After this many passes, do what --on-timeout says
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// After this many passes, do what --on-timeout says; no limit by default
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = SWITCHOVER
+    )]
     pub max_passes: Option<u32>,
 
     /// What to do when the downtime is not reached
     ///
-    /// This also decides when passes bring no improvement any more.
-    #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel")]
+    /// This also decides when 8 passes in a row bring no improvement.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel", help_heading = SWITCHOVER)]
     pub on_timeout: OnTimeoutArg,
-
-    /// The most to send, in bytes a second (100M, 1G) or bits (800Mbit); 0 for no limit
-    #[arg(long, value_name = "RATE", default_value = "0")]
-    pub bwlimit: Rate,
-
-    /// Connections that carry pages
-    ///
-    /// Only tcp: and unix: can have more than one; the others carry pages on their one connection.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub channels: u32,
 
     /// Compare digests of all RAM before the switchover
     ///
-    /// The guest stands still meanwhile: about a second for each 2 GiB in use.
-    #[arg(long)]
+    /// The guest stands still while both sides read all memory in use: seconds, for a few GiB.
+    #[arg(long, help_heading = SWITCHOVER)]
     pub verify: bool,
 
-    /// Leave the source's vmrun behind, paused, instead of ending it
-    #[arg(long)]
+    /// Leave the source's vmrun and the guest's remains, instead of ending it
+    #[arg(long, help_heading = SWITCHOVER)]
     pub keep_source: bool,
 
-    /// Send guest memory beyond loopback without encryption or authentication
-    #[arg(long)]
-    pub insecure: bool,
+    /// Send no more than this; 0 is no limit
+    #[arg(long, value_name = "RATE", default_value = "0", help_heading = CONNECTION)]
+    pub bwlimit: Rate,
 
-    /// How long a silence of the other side counts as its death
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
-    pub peer_timeout: Duration,
+    /// Number of connections that carry pages, 1 to 64
+    ///
+    /// tcp: and unix: can have more than one; exec: and - carry pages on their one connection.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(1..=64),
+        help_heading = CONNECTION
+    )]
+    pub channels: u32,
 
-    /// How long connecting may take
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub peer: PeerArgs,
+
+    /// Give up connecting after this time
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "5s",
+        value_parser = duration,
+        help_heading = CONNECTION
+    )]
     pub connect_timeout: Duration,
 
-    /// How long to try to reach a destination that may have taken the guest over
+    /// Go on with a migration whose vmsend ended after the guest was committed
+    ///
+    /// Where it goes is asked of vmrun. The destination is told to run the guest, or says that it
+    /// does.
+    #[arg(long, help_heading = RECOVERY)]
+    pub resume: bool,
+
+    /// With --resume: ask for the guest back if the destination has not run it
+    // Both: clap waives a requirement that conflicts with what is given.
+    #[arg(long, requires = "resume", conflicts_with = "dest", help_heading = RECOVERY)]
+    pub revoke: bool,
+
+    /// Try this long to reach a destination that may have taken the guest over
     ///
     /// Only between the commitment and its confirmation. When it is over both sides still hold
     /// still, the exit code is 7, and --resume tries again.
-    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "1m",
+        value_parser = duration,
+        help_heading = RECOVERY
+    )]
     pub recover_timeout: Duration,
 
-    /// Go on with a migration whose vmsend was killed after the guest was committed
-    #[arg(long)]
-    pub resume: bool,
-
-    /// With --resume: ask the destination to give the guest back if it has not run it
-    #[arg(long, requires = "resume")]
-    pub revoke: bool,
-
-    /// A control socket of our own, for vmctl: progress, cancel, switch-now, set
-    #[arg(long, value_name = "SOCK")]
-    pub control: Option<PathBuf>,
-
-    /// One JSON object a line on standard output, the result last
-    #[arg(long)]
-    pub json: bool,
-
-    /// No progress line and no summary; errors only
-    #[arg(short, long)]
-    pub quiet: bool,
-
-    /// What to tell on standard error beside that
-    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
-    pub log: LogLevel,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: OutputArgs,
 }
 
 /// `--on-timeout`
@@ -131,36 +163,45 @@ pub enum OnTimeoutArg {
 }
 
 const NAME: &str = "vmsend";
+const SWITCHOVER: &str = "Switchover";
+const RECOVERY: &str = "Recovery";
 
 const LONG_ABOUT: &str = "\
-Moves a running microVM to another host.
+Move a running microVM to another host.
 
-RAM is sent while the guest runs, then again what the guest has dirtied meanwhile, until what is
-left can be sent within --downtime. Then the guest is paused, the rest and the state of its devices
-and vCPUs follow, and the destination restores all of it before it acknowledges. Only then is the
-guest committed, and only then does the destination let it run. Whatever fails before, the guest
+RAM is sent while the guest runs, then again what the guest has dirtied meanwhile, until what is \
+left can be sent within --downtime. Then the guest is paused, the rest and the state of its devices \
+and vCPUs follow, and the destination restores all of it before it acknowledges. Only then is the \
+guest committed, and only then does the destination let it run. Whatever fails before, the guest \
 goes on at the source; whatever fails after, at no time do two copies run.";
 
-fn after_help() -> String {
-    format!(
-        "\
-EXAMPLES
-  vmsend --vm /run/vm.sock tcp:127.0.0.1:7070
-  vmsend --vm /run/vm.sock --insecure --downtime 50ms --bwlimit 200M tcp:hostb:7070
-  vmsend --vm /run/vm.sock exec:'ssh hostb vmrecv --control /run/vm.sock -'
-  vmsend --vm /run/vm.sock --resume
-
-EXIT CODES
-{}
-SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are refused
-with a message.
-
-FILES
-  SOCK.session.json  beside vmrun's control socket: the record of who owns the guest, kept as long
-                     as it is committed to, or acknowledged by, another host",
-        exit::table(exit::MOVER_CODES)
-    )
-}
+/// What the help and the man page say beside the flags.
+pub const MANUAL: Manual = Manual {
+    values: &[flags::TIME, flags::RATE],
+    examples: &[
+        ("move a guest over loopback", "vmsend --vm /run/a.sock tcp:127.0.0.1:7070"),
+        ("to another host, in the clear", "vmsend --vm /run/a.sock --insecure tcp:hostb:7070"),
+        (
+            "through ssh, which encrypts and authenticates",
+            "vmsend --vm a.sock exec:'ssh hostb vmrecv --control /run/b.sock -'",
+        ),
+        (
+            "aim for 50 ms of downtime, and leave bandwidth to others",
+            "vmsend --vm a.sock --downtime 50ms --bwlimit 200M tcp:127.0.0.1:7070",
+        ),
+        ("settle a migration whose vmsend was killed", "vmsend --vm /run/a.sock --resume"),
+    ],
+    exits: exit::SEND_CODES,
+    signals: "SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are \
+              refused with a message, and the migration goes on.",
+    files: &[(
+        "SOCK.session.json",
+        "beside vmrun's control socket: vmrun's record of who owns the guest, there while the guest is \
+         committed to another host",
+    )],
+    environment: &[(flags::LOG_VARIABLE, "the LEVEL of --log, where that is not given")],
+    see_also: &["vmctl", "vmrecv", "vmrun"],
+};
 
 impl Args {
     fn options(&self) -> SendOptions {
@@ -170,7 +211,7 @@ impl Args {
             channels: self.channels,
             verify: self.verify,
             keep_source: self.keep_source,
-            peer_timeout: self.peer_timeout,
+            peer_timeout: self.peer.peer_timeout,
             connect_timeout: self.connect_timeout,
             recover_timeout: self.recover_timeout,
             policy: Policy {
@@ -191,19 +232,19 @@ impl Args {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    log::start(args.log);
+    log::start(args.output.log.level);
     let dest = args.dest.as_ref();
-    if let Some(why) = dest.and_then(needs_insecure).filter(|_| !args.insecure) {
+    if let Some(why) = dest.and_then(needs_insecure).filter(|_| !args.peer.insecure) {
         complain(NAME, why);
         return Exit::Usage.into();
     }
-    if args.json && dest == Some(&Address::Stdio) {
+    if args.output.json && dest == Some(&Address::Stdio) {
         complain(NAME, "--json and the stream cannot both have standard output");
         return Exit::Usage.into();
     }
     let options = args.options();
     let settings = Settings::new(options.policy, options.bandwidth_limit);
-    let mut display = Display::new(NAME, args.quiet, args.json);
+    let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let exit = match send(&args, &options, &settings, &mut display) {
         Ok(summary) => {
             display.done(&summary, &summary_text(&summary));
@@ -271,4 +312,24 @@ fn summary_text(s: &Summary) -> String {
         d.fence_ms,
         d.run_ms,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_fit_together() {
+        Args::command().debug_assert();
+        let parse = |line: &str| Args::try_parse_from(line.split_whitespace());
+        assert!(parse("vmsend --vm a").is_err());
+        assert!(parse("vmsend --vm a --resume tcp:b:1").is_err());
+        assert!(parse("vmsend --vm a --revoke tcp:b:1").is_err());
+        assert!(parse("vmsend --vm a --resume --revoke").is_ok());
+        assert!(parse("vmsend --vm a --channels 65 tcp:b:1").is_err());
+        let args = parse("vmsend --vm a -q --bwlimit 1Gbit tcp:b:1").unwrap();
+        assert_eq!((args.bwlimit, args.output.quiet), (Rate(125_000_000), true));
+    }
 }

@@ -57,7 +57,7 @@ pub struct MoverSettings {
 /// How far it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoverProgress {
-    /// What is being done, in a word or two: `connecting`, `preflight`, `precopy`, `switchover`, …
+    /// What is being done: `connect`, `precopy`, `switchover`, `reconnect`, `done`.
     pub phase: String,
     /// Where the guest goes.
     pub dest: String,
@@ -65,7 +65,7 @@ pub struct MoverProgress {
     pub attempt: Option<crate::switchover::Attempt>,
     /// The pass over memory, from 1; 0 before the first.
     pub pass: u32,
-    /// Bytes on the wire so far.
+    /// Bytes of guest RAM sent with their content so far, repetitions included.
     pub sent_bytes: u64,
     /// Bytes of guest RAM that are still to be sent in this pass.
     pub left_bytes: u64,
@@ -84,7 +84,7 @@ pub struct MoverProgress {
 /// Something that happened, for those who asked with `events`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoverEvent {
-    /// What: `phase`, `pass`, `settings`, `end`.
+    /// What: `progress`.
     pub event: String,
     /// Milliseconds since the Unix epoch.
     pub time_ms: u64,

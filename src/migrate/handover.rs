@@ -53,7 +53,12 @@ pub fn resume(
     };
     let mut migration = Migration::new(&options, settings, observer, vm, attached.attempt, hello);
     migration.paused = true;
-    let mut handover = Handover::new(&mut migration, SourceStep::AwaitRunning);
+    // Wanted back from the start: then RUN is not said again before REVOKE.
+    let step = match migration.settings.back_wanted() {
+        true => SourceStep::AwaitRevoked,
+        false => SourceStep::AwaitRunning,
+    };
+    let mut handover = Handover::new(&mut migration, step);
     handover.reconnect(Some(attached.attempt))?;
     handover.conduct()
 }

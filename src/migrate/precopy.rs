@@ -1,5 +1,6 @@
 //! The passes: RAM goes out while the guest runs, then what it dirtied meanwhile, and so on.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet};
 use super::bulk::{Counters, Views};
 use super::convergence::PassReport;
 use super::outcome::MigrateError;
-use super::queue::{Chunk, PassQueue};
+use super::queue::{Chunk, PassQueue, Pushed};
 use super::ram::DataCursor;
 
 /// Pages in one frame, at most: what fits the CPU's cache on both sides.
@@ -18,6 +19,8 @@ const CHUNK_PAGES: u64 = 64;
 const WINDOW_PAGES: u64 = 4096;
 /// Runs of zero pages in one frame, at most.
 const CHUNK_RUNS: usize = 1024;
+/// How long to wait for room in the queue before the conductor looks around.
+const PUSH_PATIENCE: Duration = Duration::from_millis(20);
 
 /// What a pass needs from whoever conducts the migration.
 pub trait Conductor {
@@ -74,8 +77,7 @@ impl Bulk {
                 if pass.guest_runs {
                     conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
                 }
-                self.hand_out(&runs, cursor.as_mut(), window, end, conductor)?;
-                left -= runs.iter().map(|r| r.pages).sum::<u64>();
+                self.hand_out(pass, &runs, cursor.as_mut(), window..end, &mut left, conductor)?;
                 conductor.tick(pass.number, left)?;
             }
             window = end;
@@ -92,18 +94,20 @@ impl Bulk {
     }
 
     /// Puts the runs of one window into the queue. The holes of the first pass are looked up only
-    /// now, after the window's log was re-armed: a page that gets memory later is in the log.
+    /// now, after the window's log was re-armed: a page that gets memory later is in the log. `left`
+    /// goes down by what is handed out.
     fn hand_out(
         &self,
+        pass: &Pass,
         runs: &[PageRun],
         first_pass: Option<&mut DataCursor>,
-        from: u64,
-        to: u64,
+        window: Range<u64>,
+        left: &mut u64,
         conductor: &mut impl Conductor,
     ) -> Result<(), MigrateError> {
         let ram = self.views.ram();
         let resident = first_pass
-            .map(|cursor| ram.resident(PageIndex(from), to - from, cursor))
+            .map(|cursor| ram.resident(PageIndex(window.start), window.end - window.start, cursor))
             .transpose()
             .map_err(super::outcome::here)?;
         let mut chunk = Chunk::default();
@@ -120,25 +124,43 @@ impl Bulk {
                         chunk_pages += now;
                         rest = PageRun { first: PageIndex(rest.first.0 + now), pages: rest.pages - now };
                         if chunk_pages == CHUNK_PAGES {
-                            self.push(std::mem::take(&mut chunk), conductor)?;
+                            self.push(std::mem::take(&mut chunk), pass.number, left, conductor)?;
                             chunk_pages = 0;
                         }
                     }
                 }
                 if chunk.zero.len() >= CHUNK_RUNS {
-                    self.push(std::mem::take(&mut chunk), conductor)?;
+                    self.push(std::mem::take(&mut chunk), pass.number, left, conductor)?;
                     chunk_pages = 0;
                 }
             }
         }
         if chunk != Chunk::default() {
-            self.push(chunk, conductor)?;
+            self.push(chunk, pass.number, left, conductor)?;
         }
         Ok(())
     }
 
-    fn push(&self, chunk: Chunk, conductor: &mut impl Conductor) -> Result<(), MigrateError> {
-        if self.queue.push(chunk) { Ok(()) } else { Err(conductor.why_stopped()) }
+    /// Waits until there is room, but not deaf: the operator is heard, and progress shown, also where
+    /// the bandwidth limit is so low that one window takes minutes.
+    fn push(
+        &self,
+        mut chunk: Chunk,
+        pass: u32,
+        left: &mut u64,
+        conductor: &mut impl Conductor,
+    ) -> Result<(), MigrateError> {
+        let pages: u64 = chunk.pages.iter().chain(&chunk.zero).map(|r| r.pages).sum();
+        loop {
+            chunk = match self.queue.push(chunk, PUSH_PATIENCE) {
+                Pushed::Done => break,
+                Pushed::Stopped => return Err(conductor.why_stopped()),
+                Pushed::Full(chunk) => chunk,
+            };
+            conductor.tick(pass, *left)?;
+        }
+        *left -= pages;
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::memory::PageRun;
 
@@ -25,6 +26,17 @@ pub enum Job {
     Stop,
 }
 
+/// What became of a chunk that was to be queued.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pushed {
+    /// It is in the queue.
+    Done,
+    /// There was no room for it in time: here it is again.
+    Full(Chunk),
+    /// The queue was stopped.
+    Stopped,
+}
+
 /// A bounded queue of chunks, ended pass by pass. Each worker sees each pass's end exactly once.
 #[derive(Debug)]
 pub struct PassQueue {
@@ -46,18 +58,20 @@ impl PassQueue {
         Self { state: Mutex::default(), changed: Condvar::new(), limit }
     }
 
-    /// Adds a chunk, waiting while the queue is full. `false` when it was stopped.
-    pub fn push(&self, chunk: Chunk) -> bool {
-        let mut state = self.lock();
-        while state.chunks.len() >= self.limit && !state.stopped {
-            state = self.wait(state);
-        }
+    /// Adds a chunk, waiting while the queue is full; gives it back when it still is after `patience`.
+    pub fn push(&self, chunk: Chunk, patience: Duration) -> Pushed {
+        let full = |state: &mut State| state.chunks.len() >= self.limit && !state.stopped;
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, full);
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if state.stopped {
-            return false;
+            return Pushed::Stopped;
+        }
+        if waited.timed_out() {
+            return Pushed::Full(chunk);
         }
         state.chunks.push_back(chunk);
         self.changed.notify_all();
-        true
+        Pushed::Done
     }
 
     /// Ends pass `pass` (counted from 1): once the chunks are out, every worker gets its barrier.
@@ -107,6 +121,8 @@ mod tests {
     use super::*;
     use crate::memory::PageIndex;
 
+    const LONG: Duration = Duration::from_secs(60);
+
     fn chunk(first: u64) -> Chunk {
         Chunk { pages: vec![PageRun { first: PageIndex(first), pages: 1 }], zero: vec![] }
     }
@@ -129,7 +145,7 @@ mod tests {
                 })
                 .collect();
             for pass in 1..=2 {
-                (0..10).for_each(|n| assert!(queue.push(chunk(n))));
+                (0..10).for_each(|n| assert_eq!(queue.push(chunk(n), LONG), Pushed::Done));
                 queue.seal(pass);
                 while !queue.lock().chunks.is_empty() {
                     std::thread::yield_now();
@@ -148,7 +164,16 @@ mod tests {
                 jobs.into_iter().flatten().collect()
             };
             assert_eq!(all.iter().filter(|j| matches!(j, Job::Send(_))).count(), 20);
-            assert!(!queue.push(chunk(0)));
+            assert_eq!(queue.push(chunk(0), LONG), Pushed::Stopped);
         });
+    }
+
+    #[test]
+    fn a_full_queue_gives_the_chunk_back() {
+        let queue = PassQueue::new(1);
+        assert_eq!(queue.push(chunk(1), Duration::ZERO), Pushed::Done);
+        assert_eq!(queue.push(chunk(2), Duration::from_millis(1)), Pushed::Full(chunk(2)));
+        assert_eq!(queue.next(&mut 0), Job::Send(chunk(1)));
+        assert_eq!(queue.push(chunk(2), Duration::ZERO), Pushed::Done);
     }
 }

@@ -114,8 +114,11 @@ impl Desk {
         match request {
             MoverRequest::Hello { .. } => self.server.answer(reply, done, vec![]),
             MoverRequest::Progress => {
-                let progress =
-                    self.board.read().0.ok_or_else(|| Failure::refused("the migration has not begun"));
+                let shown = self.board.read().0;
+                // The settings as they are now, not as they were when the progress was shown.
+                let progress = shown
+                    .map(|shown| MoverProgress { settings: self.settings.for_control(), ..shown })
+                    .ok_or_else(|| Failure::refused("the migration has not begun"));
                 self.server.answer(reply, progress, vec![]);
             }
             MoverRequest::Events => {

@@ -57,7 +57,7 @@ fn what_cannot_start_says_why_and_leaves_nothing() {
         (&["--kernel", "builtin:nothing"], 1, "heartbeat"),
         (&["--kernel", "builtin:heartbeat", "--memory", "9000G"], 1, "memory"),
         (&["--kernel", "builtin:heartbeat", "--memory", "5X"], 2, "no size"),
-        (&["--kernel", "builtin:heartbeat", "--cpus", "0"], 1, "vCPU"),
+        (&["--kernel", "builtin:heartbeat", "--cpus", "0"], 2, "--cpus"),
         (&["--kernel", "builtin:heartbeat", "--serial", "radio"], 2, "serial"),
         (&[], 2, "--kernel"),
     ];

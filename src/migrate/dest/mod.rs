@@ -54,8 +54,13 @@ pub fn receive(
     let (events, inbox) = channel();
     let mut host = Host::open(&options.host)?;
     host.check_empty()?;
-    let intake =
-        Intake::open(options, events.clone()).map_err(|e| failed(format!("{}: {e}", options.listen)))?;
+    let intake = match Intake::open(options, events.clone()) {
+        Ok(intake) => intake,
+        Err(error) => {
+            host.close(); // not left behind, empty and with nobody to fill it
+            return Err(failed(error));
+        }
+    };
     observer.note(&format!("waiting for a machine at {}", intake.address()));
     loop {
         let mut attempt = Arrival::new(options, signal, &mut host, &events, &inbox, observer);

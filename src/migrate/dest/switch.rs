@@ -97,10 +97,8 @@ impl Arrival<'_> {
                 let _ = self.input(DestInput::GuestGone);
                 Err(failed(format!("{gone} before the guest ran: the source takes it back")))
             }
-            _ => {
-                let _ = self.input(DestInput::GuestGone);
-                Err(failed(gone))
-            }
+            // As any other failure to load it: the source hears the reason.
+            _ => self.fail(gone),
         }
     }
 

@@ -2,7 +2,7 @@
 //! leases and the control socket.
 //!
 //! Nothing here waits for the guest: what takes time is asked of the machine, and answered when its
-//! notice comes; a client that has waited for [`PENDING_AFTER`] is told so meanwhile.
+//! notice comes; a client that has waited for 50 ms is told so meanwhile.
 
 mod ending;
 mod hosted;

@@ -1,0 +1,18 @@
+//! Migrations of real guests between real processes, and everything that can go wrong with them.
+//!
+//! A test that needs /dev/kvm, root, or fault points says so and passes where that is missing, unless
+//! REQUIRE_KVM=1. In each test a watcher asks every vmrun all the time who runs: never two.
+
+mod guest;
+mod peer;
+mod program;
+mod proxy;
+mod scene;
+
+mod bad_input;
+mod happy;
+mod hostile;
+mod network;
+mod precopy;
+mod receiver;
+mod switchover;
