@@ -208,8 +208,10 @@ class Ours:
             raise Failed(f"vmrecv: {processes.errors('vmrecv')}")
         cpu_before = [cpu_seconds(host_a.pid), cpu_seconds(host_b.pid)]
         source.move_started = start = time.monotonic()
+        # QEMU's source keeps its memory until it is ended, too: giving it back while the guest is
+        # watched would cost CPU that between two hosts is not the destination's.
         sender = processes.start(
-            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--json",
+            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--keep-source", "--json",
                        f"tcp:127.0.0.1:{port}"],
             stdout=subprocess.PIPE)
         output, _ = sender.communicate(timeout=PATIENCE_S)
