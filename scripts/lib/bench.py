@@ -148,6 +148,16 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def listens(path):
+    """Whether somebody takes connections on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 def guest_cmdline(p):
     return f"vcpus={p['vcpus']} fill={p['fill']} ws={p['ws']} rate={p['rate']} beat={p['beat']}"
 
@@ -181,7 +191,7 @@ class Ours:
         host_b = processes.start("vmrun-b", [
             self.bin / "vmrun", "--incoming", "--serial", f"file:{dest.path}", "--control", b])
         until = time.monotonic() + PATIENCE_S
-        while not b.exists():
+        while not listens(b):
             if host_b.poll() is not None or time.monotonic() > until:
                 raise Failed(f"vmrun --incoming: {processes.errors('vmrun-b')}")
             time.sleep(0.005)
@@ -198,8 +208,10 @@ class Ours:
             raise Failed(f"vmrecv: {processes.errors('vmrecv')}")
         cpu_before = [cpu_seconds(host_a.pid), cpu_seconds(host_b.pid)]
         source.move_started = start = time.monotonic()
+        # QEMU's source keeps its memory until it is ended, too: giving it back while the guest is
+        # watched would cost CPU that between two hosts is not the destination's.
         sender = processes.start(
-            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--json",
+            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--keep-source", "--json",
                        f"tcp:127.0.0.1:{port}"],
             stdout=subprocess.PIPE)
         output, _ = sender.communicate(timeout=PATIENCE_S)
@@ -422,6 +434,7 @@ def movers(options):
 def main(arguments):
     options = parse(arguments)
     options.kernel, options.bin = options.kernel.resolve(), options.bin.resolve()
+    options.other = options.other and options.other.resolve()
     profile = dict(PROFILES[options.profile or ("quick" if options.quick else "loaded")])
     for name in profile:
         given = getattr(options, name)

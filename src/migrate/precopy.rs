@@ -10,6 +10,7 @@ use super::bulk::{Counters, Views};
 use super::convergence::PassReport;
 use super::outcome::MigrateError;
 use super::queue::{Chunk, PassQueue, Pushed};
+use super::ram::DataCursor;
 
 /// Pages in one frame, at most: what fits the CPU's cache on both sides.
 const CHUNK_PAGES: u64 = 64;
@@ -76,6 +77,7 @@ impl Bulk {
         let total = pass.set.capacity();
         let pages = pass.set.count();
         let mut left = pages;
+        let mut cursor = pass.first.then(DataCursor::default);
         let mut window = 0;
         while window < total && left > 0 {
             let end = (window + WINDOW_PAGES).min(total);
@@ -84,7 +86,7 @@ impl Bulk {
                 if pass.guest_runs {
                     conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
                 }
-                self.hand_out(pass, &runs, window..end, &mut left, conductor)?;
+                self.hand_out(pass, &runs, cursor.as_mut(), window..end, &mut left, conductor)?;
                 conductor.tick(pass.number, left)?;
             }
             window = end;
@@ -107,22 +109,16 @@ impl Bulk {
         &self,
         pass: &Pass,
         runs: &[PageRun],
+        first_pass: Option<&mut DataCursor>,
         window: Range<u64>,
         left: &mut u64,
         conductor: &mut impl Conductor,
     ) -> Result<(), MigrateError> {
-        let resident = match pass.first {
-            true => {
-                let pages = window.end - window.start;
-                Some(
-                    self.views
-                        .ram()
-                        .resident(PageIndex(window.start), pages)
-                        .map_err(super::outcome::here)?,
-                )
-            }
-            false => None,
-        };
+        let ram = self.views.ram();
+        let resident = first_pass
+            .map(|cursor| ram.resident(PageIndex(window.start), window.end - window.start, cursor))
+            .transpose()
+            .map_err(super::outcome::here)?;
         let mut chunk = Chunk::default();
         let mut chunk_pages = 0;
         for run in runs {

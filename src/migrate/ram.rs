@@ -19,6 +19,15 @@ pub struct Ram {
     files: Vec<File>,
 }
 
+/// Remembers, while RAM is looked through in ascending order, how far the data just seen goes on.
+/// The kernel finds the end of data page by page: asked anew for each part of a large extent, it
+/// would walk all the rest of it every time.
+#[derive(Clone, Debug, Default)]
+pub struct DataCursor {
+    /// Region, and the byte range in it that is data.
+    known: Option<(usize, i64, i64)>,
+}
+
 /// A run of pages within one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
@@ -69,15 +78,21 @@ impl Ram {
 
     /// Those of the `pages` pages from `first` on that have memory behind them; all others are
     /// holes, which read as zero. A page that gets memory later is written later, and then is in
-    /// the dirty log.
-    pub fn resident(&self, first: PageIndex, pages: u64) -> io::Result<Vec<PageRun>> {
+    /// the dirty log. One `cursor` is for ascending calls while no memory is given back: data stays
+    /// data, so what it remembers stays right.
+    pub fn resident(
+        &self,
+        first: PageIndex,
+        pages: u64,
+        cursor: &mut DataCursor,
+    ) -> io::Result<Vec<PageRun>> {
         let mut runs = Vec::new();
         let mut rest = PageRun { first, pages };
         while rest.pages > 0
             && let Some(span) = self.span(rest)
         {
             let before = rest.first.0 - span.offset / PAGE_BYTES;
-            for (from, to) in self.data_extents(span)? {
+            for (from, to) in self.data_extents(span, cursor)? {
                 let pages = to.div_ceil(PAGE_BYTES) - from / PAGE_BYTES;
                 runs.push(PageRun { first: PageIndex(before + from / PAGE_BYTES), pages });
             }
@@ -88,20 +103,27 @@ impl Ram {
     }
 
     /// The byte ranges of `span` that are no holes.
-    fn data_extents(&self, span: Span) -> io::Result<Vec<(u64, u64)>> {
+    fn data_extents(&self, span: Span, cursor: &mut DataCursor) -> io::Result<Vec<(u64, u64)>> {
         let file = &self.files[span.region];
         let mut extents = Vec::new();
         let mut at = span.offset as i64;
         let end = (span.offset + span.bytes) as i64;
         while at < end {
-            let data = match lseek64(file, at, Whence::SeekData) {
-                Err(Errno::ENXIO) => break,
-                other => other?,
+            let (data, hole) = match cursor.known {
+                Some((region, from, to)) if region == span.region && (from..to).contains(&at) => (at, to),
+                _ => {
+                    let data = match lseek64(file, at, Whence::SeekData) {
+                        Err(Errno::ENXIO) => break,
+                        other => other?,
+                    };
+                    if data >= end {
+                        break;
+                    }
+                    (data, lseek64(file, data, Whence::SeekHole)?)
+                }
             };
-            if data >= end {
-                break;
-            }
-            at = lseek64(file, data, Whence::SeekHole)?.min(end);
+            cursor.known = Some((span.region, data, hole));
+            at = hole.min(end);
             extents.push((data as u64, at as u64));
         }
         Ok(extents)
@@ -127,13 +149,14 @@ impl Ram {
         let next = AtomicUsize::new(0);
         let hash_some = || -> io::Result<Vec<(usize, blake3::Hash)>> {
             let mut done = Vec::new();
+            let mut cursor = DataCursor::default();
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
                 if i >= spans {
                     return Ok(done);
                 }
                 let first = i as u64 * SPAN_PAGES;
-                done.push((i, self.hash_span(first, SPAN_PAGES)?));
+                done.push((i, self.hash_span(first, SPAN_PAGES, &mut cursor)?));
             }
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(spans);
@@ -154,10 +177,10 @@ impl Ram {
         Ok(whole.finalize().to_hex().to_string())
     }
 
-    fn hash_span(&self, first: u64, pages: u64) -> io::Result<blake3::Hash> {
+    fn hash_span(&self, first: u64, pages: u64, cursor: &mut DataCursor) -> io::Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
         let mut page = [0u8; PAGE_BYTES as usize];
-        for run in self.resident(PageIndex(first), pages)? {
+        for run in self.resident(PageIndex(first), pages, cursor)? {
             for index in run.first.0..run.first.0 + run.pages {
                 let Some((region, offset)) = self.map.locate(PageIndex(index)) else { break };
                 self.files[region].read_exact_at(&mut page, offset)?;
@@ -208,12 +231,18 @@ mod tests {
     #[test]
     fn holes_zero_pages_and_data_are_told_apart() {
         let (a, b) = (ram(), ram());
-        assert!(a.resident(PageIndex(0), 512).unwrap().is_empty());
+        let mut cursor = DataCursor::default();
+        assert!(a.resident(PageIndex(0), 512, &mut cursor).unwrap().is_empty());
         a.write(a.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
         a.write(a.span(run(3, 2)).unwrap(), &[0; 8192]).unwrap();
-        assert_eq!(a.resident(PageIndex(0), 512).unwrap(), vec![run(3, 2), run(300, 1)]);
-        let part = a.resident(PageIndex(4), 297).unwrap();
+        assert_eq!(a.resident(PageIndex(0), 512, &mut cursor).unwrap(), vec![run(3, 2), run(300, 1)]);
+        let part = a.resident(PageIndex(4), 297, &mut cursor).unwrap();
         assert_eq!(part, vec![run(4, 1), run(300, 1)]);
+        // Page by page with one cursor gives the same, over the border of the regions too.
+        let mut cursor = DataCursor::default();
+        let single = |page| a.resident(PageIndex(page), 1, &mut cursor).unwrap();
+        let found: Vec<PageRun> = (0..512).flat_map(single).collect();
+        assert_eq!(found, vec![run(3, 1), run(4, 1), run(300, 1)]);
         assert_ne!(a.digest().unwrap(), b.digest().unwrap());
         b.write(b.span(run(300, 1)).unwrap(), &[7; 4096]).unwrap();
         assert_eq!(a.digest().unwrap(), b.digest().unwrap());
