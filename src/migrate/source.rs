@@ -23,6 +23,7 @@ use super::options::SendOptions;
 use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
 use super::postcopy::server::PageServer;
 use super::precopy::{Bulk, Conductor, Pass};
+use super::ram::DataCursor;
 use super::report::Observer;
 use super::settings::{Settings, Stop};
 use super::source_vm::SourceVm;
@@ -255,7 +256,7 @@ impl<'a> Migration<'a> {
             return self.vm.dirty_take(total).map_err(here);
         }
         let mut set = PageSet::new(total);
-        for run in bulk.views.ram().resident(PageIndex(0), total).map_err(here)? {
+        for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
             set.insert_run(run);
         }
         Ok(set)
