@@ -156,12 +156,13 @@ pub fn send_chunk(
     if table.is_empty() {
         return Ok(());
     }
+    // Counted before they are out: the receiver may have placed them, and said so, before we are back.
+    let (sent, zero) = table.pages();
+    counters.data_pages.fetch_add(sent, Ordering::Relaxed);
+    counters.zero_pages.fetch_add(zero, Ordering::Relaxed);
     if let Some(limit) = limit {
         limit.take(table.encoded_bytes() as u64 + table.data_bytes(), sender.cancel_token())?;
     }
     sender.send_pages(table, &data)?;
-    let (sent, zero) = table.pages();
-    counters.data_pages.fetch_add(sent, Ordering::Relaxed);
-    counters.zero_pages.fetch_add(zero, Ordering::Relaxed);
     Ok(())
 }
