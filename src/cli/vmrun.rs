@@ -12,7 +12,9 @@ use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
 use crate::vmm::service::{Ending, Service, ServiceError};
-use crate::vmm::{GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm};
+use crate::vmm::{
+    GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
+};
 
 const NAME: &str = "vmrun";
 
