@@ -10,9 +10,8 @@ use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as Eve
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::control::RunState;
 use crate::control::mover::MoverProgress;
-use crate::memory::{PAGE_BYTES, PageIndex, PageRun, PageSet};
+use crate::memory::{PAGE_BYTES, PageRun, PageSet};
 use crate::switchover::Attempt;
 use crate::wire::{self, Message};
 
@@ -23,7 +22,6 @@ use super::options::SendOptions;
 use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
 use super::postcopy::server::PageServer;
 use super::precopy::{Bulk, Conductor, Pass};
-use super::ram::DataCursor;
 use super::report::Observer;
 use super::settings::{Settings, Stop};
 use super::source_vm::SourceVm;
@@ -73,8 +71,8 @@ pub struct Migration<'a> {
     pub(super) latency: Option<serde_json::Value>,
     may_postcopy: bool,
     /// Postcopy at once: the pages that had memory just before the pause.
-    resident: Option<PageSet>,
-    hashing: Option<JoinHandle<std::io::Result<String>>>,
+    pub(super) resident: Option<PageSet>,
+    pub(super) hashing: Option<JoinHandle<std::io::Result<String>>>,
     last_progress: Instant,
     pass_started: (Instant, u64),
 }
@@ -211,102 +209,6 @@ impl<'a> Migration<'a> {
                 }
             }
         }
-    }
-
-    /// Pauses the guest, and sends all that is left or says what comes later. From here on the clock
-    /// of the downtime runs.
-    pub(super) fn stop(&mut self, finish: Finish) -> Result<(), MigrateError> {
-        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
-        let mut clock = Instant::now();
-        let mut lap = move || {
-            let elapsed = clock.elapsed();
-            clock = Instant::now();
-            ms(elapsed)
-        };
-        // A guest that its operator has paused arrives paused.
-        let stays_paused = self.vm.client.status().map_err(here)?.run_state == RunState::Paused;
-        self.paused = true;
-        self.vm.client.pause(true).map_err(here)?;
-        self.downtime.pause_ms = lap();
-        let state = self.vm.export().map_err(here)?;
-        self.downtime.export_ms = lap();
-        // Saving may itself have dirtied pages: the last take comes after it (D1).
-        let left = self.left(&bulk)?;
-        self.say(&Message::State(state));
-        let postcopy = matches!(finish, Finish::Postcopy { .. });
-        match finish {
-            Finish::LastPass { number } => {
-                self.last_pass(number, &left, &bulk)?;
-                self.downtime.last_pass_ms = lap();
-                self.await_digest()?;
-                self.downtime.verify_ms = lap();
-            }
-            Finish::Postcopy { .. } => {
-                self.owe(&left, &bulk);
-                self.downtime.last_pass_ms = lap();
-            }
-        }
-        let (pages, zero_pages) = bulk.counters.get();
-        let (passes, digest) = (self.history.len() as u32 + u32::from(!postcopy), self.digest.clone());
-        self.say(&Message::End(wire::End { passes, pages, zero_pages, digest, stays_paused, postcopy }));
-        Ok(())
-    }
-
-    /// Postcopy at once: which pages have memory is looked up while the guest still runs. What gets
-    /// some after that is in the dirty log, which is re-armed first.
-    fn look_before_postcopy(&mut self) -> Result<Finish, MigrateError> {
-        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
-        let total = bulk.views.ram().map().total_pages();
-        self.vm.dirty_start().map_err(here)?;
-        self.clear_dirty(PageRun { first: PageIndex(0), pages: total })?;
-        let mut set = PageSet::new(total);
-        for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
-            set.insert_run(run);
-        }
-        self.resident = Some(set);
-        Ok(Finish::Postcopy { after_pass: 0 })
-    }
-
-    /// The pages that the destination has not, or has stale.
-    fn left(&mut self, bulk: &Bulk) -> Result<PageSet, MigrateError> {
-        let total = bulk.views.ram().map().total_pages();
-        let mut set = self.vm.dirty_take(total).map_err(here)?;
-        if let Some(resident) = self.resident.take() {
-            set.union(&resident);
-        }
-        Ok(set)
-    }
-
-    /// Sends the last pass while the guest stands still, hashing meanwhile if that is wanted.
-    fn last_pass(&mut self, number: u32, set: &PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
-        if self.options.verify {
-            let views = bulk.views.clone();
-            self.hashing = Some(std::thread::spawn(move || views.ram().digest()));
-        }
-        let pass = Pass { number, set, guest_runs: false, first: false };
-        bulk.run_pass(&pass, self).map(drop)
-    }
-
-    fn await_digest(&mut self) -> Result<(), MigrateError> {
-        if let Some(hashing) = self.hashing.take() {
-            let digest = hashing.join().map_err(|_| here("hashing RAM panicked"))?.map_err(here)?;
-            self.digest = Some(digest);
-        }
-        Ok(())
-    }
-
-    /// Says which pages come later, and answers requests for them from here on.
-    fn owe(&mut self, left: &PageSet, bulk: &Bulk) {
-        for part in wire::PageBitmap::parts(left.words()) {
-            self.say(&Message::Missing(part));
-        }
-        // The workers of the passes are done; the background push comes after RUNNING.
-        bulk.queue.stop();
-        let server = Arc::new(PageServer::new(left));
-        if let Some(link) = &self.link {
-            link.serve(&server, bulk);
-        }
-        self.server = Some(server);
     }
 
     /// Before the fence: the guest goes on here, and the other side hears why.

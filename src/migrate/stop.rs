@@ -1,0 +1,113 @@
+//! Stopping the guest at the source: what is left goes in a last pass, or is owed to the guest that
+//! runs at the destination.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::control::RunState;
+use crate::memory::{PageIndex, PageRun, PageSet};
+use crate::wire::{self, Message};
+
+use super::outcome::{MigrateError, here, ms};
+use super::postcopy::server::PageServer;
+use super::precopy::{Bulk, Conductor, Pass};
+use super::ram::DataCursor;
+use super::source::{Finish, Migration};
+
+impl Migration<'_> {
+    /// Pauses the guest, and sends all that is left or says what comes later. From here on the clock
+    /// of the downtime runs.
+    pub(super) fn stop(&mut self, finish: Finish) -> Result<(), MigrateError> {
+        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
+        let mut clock = Instant::now();
+        let mut lap = move || {
+            let elapsed = clock.elapsed();
+            clock = Instant::now();
+            ms(elapsed)
+        };
+        // A guest that its operator has paused arrives paused.
+        let stays_paused = self.vm.client.status().map_err(here)?.run_state == RunState::Paused;
+        self.paused = true;
+        self.vm.client.pause(true).map_err(here)?;
+        self.downtime.pause_ms = lap();
+        let state = self.vm.export().map_err(here)?;
+        self.downtime.export_ms = lap();
+        // Saving may itself have dirtied pages: the last take comes after it (D1).
+        let left = self.left(&bulk)?;
+        self.say(&Message::State(state));
+        let postcopy = matches!(finish, Finish::Postcopy { .. });
+        match finish {
+            Finish::LastPass { number } => {
+                self.last_pass(number, &left, &bulk)?;
+                self.downtime.last_pass_ms = lap();
+                self.await_digest()?;
+                self.downtime.verify_ms = lap();
+            }
+            Finish::Postcopy { .. } => {
+                self.owe(&left, &bulk);
+                self.downtime.last_pass_ms = lap();
+            }
+        }
+        let (pages, zero_pages) = bulk.counters.get();
+        let (passes, digest) = (self.history.len() as u32 + u32::from(!postcopy), self.digest.clone());
+        self.say(&Message::End(wire::End { passes, pages, zero_pages, digest, stays_paused, postcopy }));
+        Ok(())
+    }
+
+    /// Postcopy at once: which pages have memory is looked up while the guest still runs. What gets
+    /// some after that is in the dirty log, which is re-armed first.
+    pub(super) fn look_before_postcopy(&mut self) -> Result<Finish, MigrateError> {
+        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
+        let total = bulk.views.ram().map().total_pages();
+        self.vm.dirty_start().map_err(here)?;
+        self.clear_dirty(PageRun { first: PageIndex(0), pages: total })?;
+        let mut set = PageSet::new(total);
+        for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
+            set.insert_run(run);
+        }
+        self.resident = Some(set);
+        Ok(Finish::Postcopy { after_pass: 0 })
+    }
+
+    /// The pages that the destination has not, or has stale.
+    pub(super) fn left(&mut self, bulk: &Bulk) -> Result<PageSet, MigrateError> {
+        let total = bulk.views.ram().map().total_pages();
+        let mut set = self.vm.dirty_take(total).map_err(here)?;
+        if let Some(resident) = self.resident.take() {
+            set.union(&resident);
+        }
+        Ok(set)
+    }
+
+    /// Sends the last pass while the guest stands still, hashing meanwhile if that is wanted.
+    pub(super) fn last_pass(&mut self, number: u32, set: &PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
+        if self.options.verify {
+            let views = bulk.views.clone();
+            self.hashing = Some(std::thread::spawn(move || views.ram().digest()));
+        }
+        let pass = Pass { number, set, guest_runs: false, first: false };
+        bulk.run_pass(&pass, self).map(drop)
+    }
+
+    pub(super) fn await_digest(&mut self) -> Result<(), MigrateError> {
+        if let Some(hashing) = self.hashing.take() {
+            let digest = hashing.join().map_err(|_| here("hashing RAM panicked"))?.map_err(here)?;
+            self.digest = Some(digest);
+        }
+        Ok(())
+    }
+
+    /// Says which pages come later, and answers requests for them from here on.
+    pub(super) fn owe(&mut self, left: &PageSet, bulk: &Bulk) {
+        for part in wire::PageBitmap::parts(left.words()) {
+            self.say(&Message::Missing(part));
+        }
+        // The workers of the passes are done; the background push comes after RUNNING.
+        bulk.queue.stop();
+        let server = Arc::new(PageServer::new(left));
+        if let Some(link) = &self.link {
+            link.serve(&server, bulk);
+        }
+        self.server = Some(server);
+    }
+}
