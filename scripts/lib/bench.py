@@ -178,8 +178,8 @@ def watch(dest):
 class Ours:
     """A move by vmsend and vmrecv."""
 
-    def __init__(self, name, bin_dir, channels, kernel):
-        self.name, self.bin, self.channels, self.kernel = name, bin_dir, channels, kernel
+    def __init__(self, name, bin_dir, channels, kernel, mode="precopy"):
+        self.name, self.bin, self.channels, self.kernel, self.mode = name, bin_dir, channels, kernel, mode
 
     def move(self, p, processes, source, dest):
         here = processes.directory
@@ -211,8 +211,8 @@ class Ours:
         # QEMU's source keeps its memory until it is ended, too: giving it back while the guest is
         # watched would cost CPU that between two hosts is not the destination's.
         sender = processes.start(
-            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--keep-source", "--json",
-                       f"tcp:127.0.0.1:{port}"],
+            "vmsend", [self.bin / "vmsend", "--vm", a, "--channels", self.channels, "--mode", self.mode, "--keep-source",
+                       "--json", f"tcp:127.0.0.1:{port}"],
             stdout=subprocess.PIPE)
         output, _ = sender.communicate(timeout=PATIENCE_S)
         total = time.monotonic() - start
@@ -229,6 +229,7 @@ class Ours:
             "passes": result["passes"],
             "own_downtime_ms": result["downtime"]["total_ms"],
             "downtime_parts_ms": result["downtime"],
+            "latency": result.get("latency"),
             "cpu_dest_vmrun_s": cpu_b,
         }
 
@@ -284,10 +285,11 @@ class Qmp:
 
 
 class Qemu:
-    """A move by QEMU, precopy."""
+    """A move by QEMU: precopy, or postcopy at once with the capabilities that are named."""
 
-    def __init__(self, name, program, channels, kernel, cpu):
+    def __init__(self, name, program, channels, kernel, cpu, postcopy=()):
         self.name, self.program, self.channels, self.kernel, self.cpu = name, program, channels, kernel, cpu
+        self.postcopy = postcopy
 
     def start(self, name, p, processes, serial, *more):
         monitor = processes.directory / f"{name}.qmp"
@@ -300,7 +302,8 @@ class Qemu:
         if self.channels > 1:
             qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
             qmp.ask("migrate-set-parameters", **{"multifd-channels": self.channels})
-        qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        wanted = ["events", *self.postcopy]
+        qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in wanted])
         return process, qmp
 
     def move(self, p, processes, source, dest):
@@ -314,6 +317,8 @@ class Qemu:
         a.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 40, "downtime-limit": 300})
         source.move_started = start = time.monotonic()
         a.ask("migrate", uri=f"tcp:127.0.0.1:{port}")
+        if self.postcopy:
+            a.ask("migrate-start-postcopy")
         a.await_migrated()
         total = time.monotonic() - start
         watch(dest)
@@ -423,11 +428,17 @@ def movers(options):
         version = re.search(r"version (\d+\.\d+)", version)[1]
         rows.append(Qemu(f"QEMU {version} precopy", program, 1, options.kernel, cpu))
         rows.append(Qemu(f"QEMU {version} multifd 2", program, 2, options.kernel, cpu))
+        for what, capabilities in [("postcopy", ["postcopy-ram"]),
+                                   ("postcopy + preempt", ["postcopy-ram", "postcopy-preempt"])]:
+            rows.append(Qemu(f"QEMU {version} {what}", program, 1, options.kernel, cpu, capabilities))
     builds = [("vmferry", options.bin)] + ([("other build", options.other)] if options.other else [])
     for channels in options.channels.split(","):
         for name, bin_dir in builds:
             what = f"{name}, {channels} channel{'s' if channels != '1' else ''}"
             rows.append(Ours(what, bin_dir, int(channels), options.kernel))
+    for mode in ("postcopy", "hybrid"):
+        for name, bin_dir in builds:
+            rows.append(Ours(f"{name}, {mode}", bin_dir, 2, options.kernel, mode))
     return rows
 
 

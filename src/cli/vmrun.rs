@@ -12,7 +12,9 @@ use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
 use crate::vmm::service::{Ending, Service, ServiceError};
-use crate::vmm::{GuestExit, KernelSource, LocalConfig, MachineConfig, SerialBackend};
+use crate::vmm::{
+    GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
+};
 
 const NAME: &str = "vmrun";
 
@@ -168,6 +170,10 @@ pub fn main() -> ExitCode {
 
 fn host(args: Args) -> Result<Ending, ServiceError> {
     let local = LocalConfig { serial: args.serial.clone(), ..LocalConfig::default() };
+    if args.incoming {
+        // Asked once in a process, and slow on a busy host: done before anybody waits for it.
+        HostAbilities::of_this_host(&open_kvm()?)?;
+    }
     let mut service = Service::open(args.control.as_deref(), local)?;
     if let Some(kernel) = args.kernel {
         let config = MachineConfig {

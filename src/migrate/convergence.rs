@@ -79,7 +79,7 @@ const PAYS_OFF: f64 = 0.8;
 /// Below this no further pass is worth its bytes.
 const GOOD_ENOUGH: Duration = Duration::from_millis(2);
 /// Passes after which a hybrid migration goes over to postcopy as soon as one does not pay off.
-const HYBRID_PASSES: usize = 2;
+const HYBRID_PASSES: usize = 3;
 /// How many passes are spent on getting better than what was asked for.
 const EXTRA_PASSES: usize = 8;
 
@@ -140,10 +140,12 @@ fn worth_another(outlooks: &[Duration], fixed: Duration, policy: &Policy) -> boo
     within <= EXTRA_PASSES && *now > fixed + GOOD_ENOUGH && pays_off(outlooks, fixed)
 }
 
-/// Whether the last pass has clearly shortened what is to be expected; the first always has.
+/// Whether one of the last two passes has clearly shortened what is to be expected; the first two
+/// always have. One pass alone says little: a busy host spoils it.
 fn pays_off(outlooks: &[Duration], fixed: Duration) -> bool {
-    let [.., before, now] = outlooks else { return true };
-    now.saturating_sub(fixed).as_secs_f64() < PAYS_OFF * before.saturating_sub(fixed).as_secs_f64()
+    let beyond = |d: &Duration| d.saturating_sub(fixed).as_secs_f64();
+    let [.., first, second, third] = outlooks else { return true };
+    beyond(third) < PAYS_OFF * beyond(second) || beyond(second) < PAYS_OFF * beyond(first) && third <= second
 }
 
 /// Whether the best outlook of the last passes is no better than what came before them.

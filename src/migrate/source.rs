@@ -72,6 +72,8 @@ pub struct Migration<'a> {
     pub(super) server: Option<Arc<PageServer>>,
     pub(super) latency: Option<serde_json::Value>,
     may_postcopy: bool,
+    /// Postcopy at once: the pages that had memory just before the pause.
+    resident: Option<PageSet>,
     hashing: Option<JoinHandle<std::io::Result<String>>>,
     last_progress: Instant,
     pass_started: (Instant, u64),
@@ -144,6 +146,7 @@ impl<'a> Migration<'a> {
             server: None,
             latency: None,
             may_postcopy: false,
+            resident: None,
             hashing: None,
             last_progress: Instant::now(),
             pass_started: (Instant::now(), 0),
@@ -154,7 +157,7 @@ impl<'a> Migration<'a> {
         self.connect(machine)?;
         self.phase = "precopy";
         let finish = match self.settings.policy().mode {
-            Mode::Postcopy => Finish::Postcopy { after_pass: 0 },
+            Mode::Postcopy => self.look_before_postcopy()?,
             Mode::Precopy | Mode::Hybrid => self.precopy()?,
         };
         self.hand_over(finish)
@@ -228,7 +231,7 @@ impl<'a> Migration<'a> {
         let state = self.vm.export().map_err(here)?;
         self.downtime.export_ms = lap();
         // Saving may itself have dirtied pages: the last take comes after it (D1).
-        let left = self.left(finish, &bulk)?;
+        let left = self.left(&bulk)?;
         self.say(&Message::State(state));
         let postcopy = matches!(finish, Finish::Postcopy { .. });
         match finish {
@@ -249,15 +252,27 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// The pages that the destination has not, or has stale.
-    fn left(&mut self, finish: Finish, bulk: &Bulk) -> Result<PageSet, MigrateError> {
+    /// Postcopy at once: which pages have memory is looked up while the guest still runs. What gets
+    /// some after that is in the dirty log, which is re-armed first.
+    fn look_before_postcopy(&mut self) -> Result<Finish, MigrateError> {
+        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
         let total = bulk.views.ram().map().total_pages();
-        if finish != (Finish::Postcopy { after_pass: 0 }) {
-            return self.vm.dirty_take(total).map_err(here);
-        }
+        self.vm.dirty_start().map_err(here)?;
+        self.clear_dirty(PageRun { first: PageIndex(0), pages: total })?;
         let mut set = PageSet::new(total);
         for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
             set.insert_run(run);
+        }
+        self.resident = Some(set);
+        Ok(Finish::Postcopy { after_pass: 0 })
+    }
+
+    /// The pages that the destination has not, or has stale.
+    fn left(&mut self, bulk: &Bulk) -> Result<PageSet, MigrateError> {
+        let total = bulk.views.ram().map().total_pages();
+        let mut set = self.vm.dirty_take(total).map_err(here)?;
+        if let Some(resident) = self.resident.take() {
+            set.union(&resident);
         }
         Ok(set)
     }
