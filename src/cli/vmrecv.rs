@@ -122,6 +122,11 @@ pub const MANUAL: Manual = Manual {
             "vmrecv --control b.sock --serial file:guest.log tcp:127.0.0.1:7070",
         ),
         ("fill a vmrun that is there already", "vmrecv --attach --control /run/b.sock tcp:127.0.0.1:7070"),
+        ("take over from a vmrecv that was killed in postcopy", "vmrecv --resume --control /run/b.sock"),
+        (
+            "take over a guest that is held, none of whose pages are missing",
+            "vmrecv --resume --control /run/b.sock tcp:127.0.0.1:7070",
+        ),
     ],
     exits: exit::RECV_CODES,
     signals: "SIGINT and SIGTERM end the wait and drop a guest that is being loaded. While the guest is \

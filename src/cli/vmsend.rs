@@ -201,7 +201,18 @@ pub const MANUAL: Manual = Manual {
             "aim for 50 ms of downtime, and leave bandwidth to others",
             "vmsend --vm a.sock --downtime 50ms --bwlimit 200M tcp:127.0.0.1:7070",
         ),
-        ("settle a migration whose vmsend was killed", "vmsend --vm /run/a.sock --resume"),
+        (
+            "for a guest that may be too busy: switch over after 30 s all the same",
+            "vmsend --vm a.sock --timeout 30s --on-timeout postcopy unix:b.mig",
+        ),
+        (
+            "move at once, and let pages follow as they are needed",
+            "vmsend --vm a.sock --mode postcopy tcp:127.0.0.1:7070",
+        ),
+        (
+            "settle a migration whose vmsend was killed, or go on after exit code 6 or 7",
+            "vmsend --vm /run/a.sock --resume",
+        ),
     ],
     exits: exit::SEND_CODES,
     signals: "SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are \
