@@ -81,6 +81,12 @@ impl Handover<'_, '_> {
         match message {
             Message::Done(done) => self.heard.done = Some(done),
             Message::Received(part) => self.heard.received.push(part),
+            // Said before the connection could serve; by now it may.
+            Message::PageRequest(pages) if !self.heard.fetching => {
+                if let Some(link) = &self.migration.link {
+                    let _ = link.answer(&pages);
+                }
+            }
             Message::PageRequest(pages) => self.heard.requests.extend(pages),
             Message::Abort(abort) => {
                 return Err(MigrateError::new(Ending::Lost, Side::Destination, abort.reason));

@@ -269,6 +269,10 @@ impl<'a> Arrival<'a> {
         self.session.as_ref().is_some_and(|s| s.attempt == attempt && s.main.is_some())
     }
 
+    fn is_fetching(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.fetching() > 0)
+    }
+
     fn is_session(&self, attempt: Attempt) -> bool {
         self.session.as_ref().is_some_and(|s| s.attempt.session == attempt.session)
     }
@@ -293,7 +297,9 @@ impl<'a> Arrival<'a> {
                 self.observer.note(&abort.to_string());
                 self.input(DestInput::Abort).map(|()| None)
             }
-            Message::Done(done) if self.step == DestStep::Running => Ok(Some(self.finish(Some(&done)))),
+            Message::Done(done) if self.step == DestStep::Running && !self.is_fetching() => {
+                Ok(Some(self.finish(Some(&done))))
+            }
             other => {
                 self.fail(format!("{} does not belong here", other.kind()))?;
                 Ok(None)

@@ -38,12 +38,12 @@ impl Arrival<'_> {
 
     /// A bulk channel is gone: of no account once everything has come.
     pub(super) fn on_bulk_lost(&mut self, why: &str) -> Result<(), MigrateError> {
+        let fetching = self.is_fetching();
         match self.step {
-            DestStep::Loading
-                if self.session.as_ref().is_some_and(|s| s.state.is_some() || s.digest.is_none()) =>
-            {
-                self.on_lost(why)
-            }
+            DestStep::Loading => self.on_lost(why),
+            // Pages that were on their way are owed to nobody any more: only a new connection, with
+            // a new RECEIVED, brings them.
+            DestStep::InDoubt | DestStep::Running if fetching => self.on_lost(why),
             _ => Ok(()),
         }
     }
@@ -104,7 +104,15 @@ impl Arrival<'_> {
             DestStep::InDoubt if self.session.as_ref().is_some_and(|s| s.run_passed_on) => {
                 Err(MigrateError::new(Ending::Lost, Side::Destination, format!("{gone}, after RUN")))
             }
-            DestStep::Running => Err(MigrateError::new(Ending::Lost, Side::Destination, gone)),
+            DestStep::Running => {
+                // A source that still serves pages has nobody left to serve.
+                let reason = format!("{gone}, and the guest with it");
+                self.say(&Message::Abort(wire::Abort {
+                    side: wire::Side::Destination,
+                    reason: reason.clone(),
+                }))?;
+                Err(MigrateError::new(Ending::Lost, Side::Destination, reason))
+            }
             DestStep::InDoubt => {
                 // Not an error yet: the source has to hear REVOKED, now or when it comes back.
                 let _ = self.input(DestInput::GuestGone);
