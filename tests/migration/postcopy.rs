@@ -168,6 +168,67 @@ fn the_link_is_cut_five_times_in_postcopy() {
     pair.check_moved();
 }
 
+// Row 17: nothing of the recovery itself may be lost for good.
+#[test]
+fn the_link_is_cut_in_the_recovery_handshake() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let mut send = pair.in_postcopy();
+    for (way, kind) in [
+        (Way::ToSource, FrameType::HelloAck),
+        (Way::ToSource, FrameType::Received),
+        (Way::ToSource, FrameType::Joined),
+        (Way::ToDest, FrameType::Join),
+    ] {
+        pair.link.cut();
+        pair.link.cut_at(way, kind);
+        pair.link.heal();
+        pair.link.await_cut();
+        assert!(lacks_pages(&check_answers(&pair.b)));
+        assert!(pair.a.is_committed());
+    }
+    pair.link.heal();
+    send.end().expect(0, &[]);
+    pair.check_moved();
+}
+
+// Row 18.
+#[test]
+fn the_sender_is_killed_in_postcopy() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let mut send = pair.in_postcopy();
+    send.crash();
+    assert!(lacks_pages(&check_answers(&pair.b)));
+    check_answers(&pair.a);
+    pair.a.vmctl(&["resume"]).expect(3, &[]);
+    pair.scene.resume(&pair.a, &[]).end().expect(0, &[]);
+    pair.check_moved();
+}
+
+// Row 19.
+#[test]
+fn the_receiver_is_killed_in_postcopy() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let mut send = pair.in_postcopy();
+    pair.b.program.crash();
+    for _ in 0..5 {
+        assert!(lacks_pages(&check_answers(&pair.b)));
+        pair.b.vmctl(&["status"]).expect(0, &[]);
+    }
+    send.await_note("the connection is lost");
+    pair.resume_receiver();
+    send.end().expect(0, &[]);
+    pair.check_moved();
+}
+
 #[test]
 fn both_movers_are_killed_in_postcopy() {
     if !kvm() {
@@ -181,6 +242,33 @@ fn both_movers_are_killed_in_postcopy() {
     assert!(pair.a.is_committed());
     pair.resume_receiver();
     pair.scene.resume(&pair.a, &[]).end().expect(0, &[]);
+    pair.check_moved();
+}
+
+// Row 8.
+#[test]
+fn the_link_is_dead_while_the_vcpus_are_synchronised() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::with("kvmclock=1");
+    let request = pair.link.hold(Way::ToSource, FrameType::PageRequest);
+    let args = ["--mode", "postcopy", "--peer-timeout", "3s"];
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, &args);
+    let request = request.caught();
+    pair.link.freeze();
+    drop(request);
+    assert_eq!(pair.link.passed(Way::ToSource, FrameType::Ready), 0);
+    while send.is_running() {
+        check_answers(&pair.a);
+        assert_ne!(check_answers(&pair.b).run_state, RunState::Running);
+    }
+    send.end().expect(5, &["the source has the guest"]);
+    pair.a.await_running();
+    check_beats(&[&pair.a]);
+    pair.link.cut();
+    pair.link.heal();
+    pair.scene.send(&pair.a, &pair.link.address, &["--mode", "postcopy"]).end().expect(0, &[]);
     pair.check_moved();
 }
 
@@ -218,4 +306,20 @@ fn running_is_lost_in_postcopy() {
     pair.link.heal();
     send.end().expect(0, &[]);
     pair.check_moved();
+}
+
+#[test]
+fn verify_and_postcopy_exclude_each_other() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.small("a");
+    for mode in [&["--mode", "postcopy"], &["--mode", "hybrid"], &["--on-timeout", "postcopy"]] {
+        let args = [&mode[..], &["--verify"]].concat();
+        let end = scene.send(&a, "tcp:127.0.0.1:9", &args).end();
+        assert_eq!(end.code, 2, "{end:?}");
+        assert!(end.stderr.contains("--verify"), "{end:?}");
+    }
+    check_beats(&[&a]);
 }
