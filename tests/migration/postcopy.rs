@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vmferry::control::{RunState, Status};
+use vmferry::switchover::Ownership;
 use vmferry::wire::FrameType;
 
 use crate::guest::{check_alive, check_beats};
@@ -272,6 +273,25 @@ fn the_link_is_dead_while_the_vcpus_are_synchronised() {
     pair.check_moved();
 }
 
+#[test]
+fn there_and_back_in_postcopy() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let mut send = pair.in_postcopy();
+    send.end().expect(0, &[]);
+    pair.check_moved();
+    let Pair { a, b, scene, .. } = pair;
+    // Out of the way of the guest's next stay there.
+    let first = Host { log: scene.path("log.1"), ..a.host.clone() };
+    std::fs::rename(&a.log, &first.log).unwrap();
+    let mut back = scene.receiver("a", &[]);
+    check_result(&scene.send(&b, &back.address, &["--mode", "postcopy"]).end());
+    back.program.end().expect(0, &[]);
+    check_whole(&[&first, &b, &back]);
+}
+
 // Row 12.
 #[test]
 fn run_is_lost_in_postcopy() {
@@ -308,6 +328,29 @@ fn running_is_lost_in_postcopy() {
     pair.check_moved();
 }
 
+// Rows 11 and 14's neighbours: neither mover outlives the fence.
+#[test]
+fn both_movers_are_killed_between_the_fence_and_run() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let run = pair.link.hold(Way::ToDest, FrameType::Run);
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, SLOWLY);
+    let run = run.caught();
+    send.crash();
+    pair.b.program.crash();
+    pair.link.cut();
+    drop(run);
+    let status = check_answers(&pair.b);
+    assert!(matches!(status.ownership, Ownership::InDoubt { .. }), "{status:?}");
+    assert!(pair.a.is_committed());
+    pair.link.heal();
+    pair.resume_receiver();
+    pair.scene.resume(&pair.a, &[]).end().expect(0, &[]);
+    pair.check_moved();
+}
+
 #[test]
 fn verify_and_postcopy_exclude_each_other() {
     if !kvm() {
@@ -322,4 +365,25 @@ fn verify_and_postcopy_exclude_each_other() {
         assert!(end.stderr.contains("--verify"), "{end:?}");
     }
     check_beats(&[&a]);
+}
+
+#[test]
+fn a_guest_that_lacks_pages_is_not_sent_on() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let mut send = pair.in_postcopy();
+    let mut c = pair.scene.receiver("c", &[]);
+    for mode in ["precopy", "postcopy"] {
+        let end = pair.scene.send(&pair.b, &c.address, &["--mode", mode]).end();
+        assert!([1, 3].contains(&end.code), "{end:?}");
+        assert!(lacks_pages(&pair.b.status()), "{end:?}");
+    }
+    send.end().expect(0, &[]);
+    pair.check_moved();
+    // Once it has them it goes anywhere.
+    pair.scene.send(&pair.b, &c.address, &[]).end().expect(0, &[]);
+    c.program.end().expect(0, &[]);
+    check_whole(&[&pair.a, &pair.b, &c]);
 }
