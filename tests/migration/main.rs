@@ -14,6 +14,7 @@ mod chaos;
 mod happy;
 mod hostile;
 mod network;
+mod postcopy;
 mod precopy;
 mod receiver;
 mod switchover;

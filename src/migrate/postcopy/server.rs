@@ -95,11 +95,15 @@ impl PageServer {
         limit: &RateLimiter,
     ) -> Result<(), WorkError> {
         let mut table = RunTable::new();
-        while let Some(chunk) = self.next_chunk() {
+        while self.left() > 0 {
+            // Each frame is paid for before the next is taken, not while it is held: whoever asks
+            // for a page that is taken already waits until it is out.
+            limit.take(table.encoded_bytes() as u64 + table.data_bytes(), sender.cancel_token())?;
             while self.urgent.load(Ordering::Acquire) > 0 {
                 std::thread::yield_now();
             }
-            send_chunk(&chunk, &mut table, sender, views, counters, Some(limit))?;
+            let Some(chunk) = self.next_chunk() else { break };
+            send_chunk(&chunk, &mut table, sender, views, counters, None)?;
         }
         Ok(())
     }
