@@ -97,7 +97,9 @@ fn check_result(end: &End) {
     assert!(of("count") > 0 && of("p50_us") <= of("p99_us") && of("p99_us") <= of("max_us"), "{result}");
 }
 
-/// Moves a guest to a new receiver by postcopy and checks all of it.
+/// Moves a guest to a new receiver by postcopy and checks all of it. `args` limit the bandwidth:
+/// without that, all of so small a guest may be there before its first fault is read, and then nobody
+/// has waited.
 fn moves(cpus: u32, cmdline: &str, args: &[&str]) {
     let scene = Scene::new();
     let mut a = scene.guest("a", "64M", cpus, cmdline);
@@ -113,7 +115,7 @@ fn moves(cpus: u32, cmdline: &str, args: &[&str]) {
 #[test]
 fn postcopy_with_one_vcpu() {
     if kvm() {
-        moves(1, "fill=24M ws=8M rate=20", &["--mode", "postcopy"]);
+        moves(1, "fill=24M ws=8M rate=20", &["--mode", "postcopy", "--bwlimit", "8M"]);
     }
 }
 
@@ -121,14 +123,14 @@ fn postcopy_with_one_vcpu() {
 fn postcopy_with_two_vcpus_random_order_with_the_clock_page() {
     if kvm() {
         let cmdline = "fill=24M ws=8M rate=20 order=random place=spread kvmclock=1";
-        moves(2, cmdline, &["--mode", "postcopy", "--channels", "2"]);
+        moves(2, cmdline, &["--mode", "postcopy", "--channels", "2", "--bwlimit", "8M"]);
     }
 }
 
 #[test]
 fn postcopy_with_four_vcpus_that_dirty_all_they_can() {
     if kvm() {
-        moves(4, "fill=16M ws=8M rate=0", &["--mode", "postcopy", "--channels", "1"]);
+        moves(4, "fill=16M ws=8M rate=0", &["--mode", "postcopy", "--channels", "1", "--bwlimit", "8M"]);
     }
 }
 
@@ -287,7 +289,8 @@ fn there_and_back_in_postcopy() {
     let first = Host { log: scene.path("log.1"), ..a.host.clone() };
     std::fs::rename(&a.log, &first.log).unwrap();
     let mut back = scene.receiver("a", &[]);
-    check_result(&scene.send(&b, &back.address, &["--mode", "postcopy"]).end());
+    // Limited for the reason that `moves` gives.
+    check_result(&scene.send(&b, &back.address, &["--mode", "postcopy", "--bwlimit", "4M"]).end());
     back.program.end().expect(0, &[]);
     check_whole(&[&first, &b, &back]);
 }
