@@ -2,6 +2,8 @@
 //!
 //! Without /dev/kvm the tests that need a guest say so and pass, unless REQUIRE_KVM=1.
 
+#[path = "control/busy.rs"]
+mod busy;
 #[path = "control/guest.rs"]
 mod guest;
 #[path = "control/host.rs"]

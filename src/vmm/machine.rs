@@ -283,7 +283,7 @@ impl Machine {
     }
 
     /// Ends all threads and closes everything. Waits for them for a second at most.
-    pub fn stop(mut self) {
+    pub fn stop(&self) {
         self.vcpus.stop();
         self.parts.bus.serial.close();
     }

@@ -40,7 +40,13 @@ impl Vmrun {
     }
 
     pub fn start_in(dir: TempDir, args: &[&str]) -> Self {
-        let mut vmrun = Self { child: spawn(dir.path(), args), dir };
+        Self::start_with(dir, args, &[])
+    }
+
+    /// With environment variables of its own.
+    pub fn start_with(dir: TempDir, args: &[&str], vars: &[(&str, &str)]) -> Self {
+        let child = command(dir.path(), args).envs(vars.iter().copied()).spawn().unwrap();
+        let mut vmrun = Self { child, dir };
         let until = Instant::now() + PATIENCE;
         while Client::connect(&vmrun.socket(), "test").is_err() {
             if let Some(status) = vmrun.child.try_wait().unwrap() {
@@ -157,10 +163,6 @@ fn command(dir: &Path, args: &[&str]) -> Command {
     command.current_dir(dir).args(["--control", "vm.sock"]).args(args);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).env_remove("VMFERRY_LOG");
     command
-}
-
-fn spawn(dir: &Path, args: &[&str]) -> Child {
-    command(dir, args).spawn().unwrap()
 }
 
 /// Runs a `vmrun` that ends by itself at once.

@@ -4,12 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
 use super::postcopy::Fetching;
-use crate::control::{Failure, FailureCode, RamLayout};
+use super::{Handled, Reply};
+use crate::control::{DirtyPages, Failure, FailureCode, RamLayout};
 use crate::memory::{PageIndex, PageRun, PageSet};
 use crate::sys::memfd;
 use crate::vmm::{GuestExit, Machine, NoticeReceiver};
@@ -31,7 +33,8 @@ pub(super) enum Activity {
 
 /// A machine and its state.
 pub(super) struct Hosted {
-    pub machine: Machine,
+    /// Shared with what is done beside the loop.
+    pub machine: Arc<Machine>,
     pub notices: NoticeReceiver,
     pub activity: Activity,
     /// Saved since it last ran: what a fence needs.
@@ -55,7 +58,7 @@ impl Hosted {
     pub fn new(machine: Machine, notices: NoticeReceiver, synchronised: bool) -> Self {
         let activity = Activity::Parked;
         Self {
-            machine,
+            machine: Arc::new(machine),
             notices,
             activity,
             exported: false,
@@ -72,21 +75,6 @@ impl Hosted {
         let fds = ram.memfds().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>();
         let fds = fds.map_err(|e| failed(format!("cannot duplicate a RAM memfd: {e}")))?;
         Ok((RamLayout { map: ram.map().clone(), vmm_addresses: ram.addresses().to_vec() }, fds))
-    }
-
-    /// Turns the dirty log on; gives the memfd of the bitmap.
-    pub fn dirty_start(&mut self) -> Result<(u64, OwnedFd), Failure> {
-        if self.dirty.is_none() {
-            let pages = self.machine.describe().ram.total_pages();
-            let words = vec![0; pages.div_ceil(64) as usize];
-            let memfd = memfd::create_sealed(c"vmferry-dirty", words.len() as u64 * 8)
-                .map_err(|e| failed(format!("cannot make the dirty bitmap: {e}")))?;
-            self.machine.dirty_start().map_err(|e| failed(e.to_string()))?;
-            self.dirty = Some(DirtyShare { memfd, words, pages });
-        }
-        let share = self.dirty.as_ref().ok_or_else(dirty_log_off)?;
-        let fd = share.memfd.try_clone().map_err(|e| failed(format!("cannot duplicate the bitmap: {e}")))?;
-        Ok((share.pages, fd.into()))
     }
 
     /// Writes the pages that were dirtied into the shared bitmap; gives their number.
@@ -121,13 +109,22 @@ impl Hosted {
         self.machine.dirty_put_back(&PageSet::from_words(words, share.pages));
         Ok(())
     }
+}
 
-    /// Turns the dirty log off; off already is no error.
-    pub fn dirty_stop(&mut self) -> Result<(), Failure> {
-        match self.dirty.take() {
-            None => Ok(()),
-            Some(_) => self.machine.dirty_stop().map_err(|e| failed(e.to_string())),
-        }
+impl DirtyShare {
+    /// A bitmap for all pages of `machine`, in a memfd.
+    pub fn new(machine: &Machine) -> Result<Self, Failure> {
+        let pages = machine.describe().ram.total_pages();
+        let words = vec![0; pages.div_ceil(64) as usize];
+        let memfd = memfd::create_sealed(c"vmferry-dirty", words.len() as u64 * 8)
+            .map_err(|e| failed(format!("cannot make the dirty bitmap: {e}")))?;
+        Ok(Self { memfd, words, pages })
+    }
+
+    /// The answer to a mover that turned the log on.
+    pub fn answer(&self) -> Handled {
+        let fd = self.memfd.try_clone().map_err(|e| failed(format!("cannot duplicate the bitmap: {e}")))?;
+        Reply::with_fds(DirtyPages { pages: self.pages }, vec![fd.into()])
     }
 }
 

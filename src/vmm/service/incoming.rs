@@ -6,9 +6,11 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::beside::Chore;
+use super::calls::Task;
 use super::hosted::{Activity, Hosted, failed};
 use super::lease::PausedBy;
-use super::{Handled, Reply, Service, Task};
+use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode, Imported, Prepared, Remap};
 use crate::state::{MAX_STATE_BYTES, MachineDescription};
 use crate::switchover::{Attempt, Ownership};
@@ -29,14 +31,17 @@ impl Service {
         local.remaps.extend(remap.into_iter().map(|r| (r.id, r.value)));
         let (sender, notices) =
             NoticeSender::channel().map_err(|e| failed(format!("cannot make an event descriptor: {e}")))?;
-        let made = Machine::prepare(machine, local, sender).map_err(|e| match e {
-            PrepareError::Refused(problems) => {
-                let message = PrepareError::Refused(problems.clone()).to_string();
-                Failure { code: FailureCode::Unsuitable, message, problems }
-            }
-            PrepareError::Failed(e) => failed(format!("the machine cannot be made: {e}")),
-        })?;
-        let hosted = Hosted::new(made, notices, false);
+        let machine = machine.clone();
+        self.start(Chore::Prepare, move || {
+            let made = Machine::prepare(&machine, local, sender);
+            Box::new(move |service: &mut Self| {
+                let hosted = Hosted::new(made.map_err(unprepared)?, notices, false);
+                service.prepared(from, attempt, hosted)
+            })
+        })
+    }
+
+    fn prepared(&mut self, from: ConnectionId, attempt: Attempt, hosted: Hosted) -> Handled {
         let (ram, fds) = hosted.ram()?;
         self.change(|o| o.prepare(attempt))?;
         self.hosted = Some(hosted);
@@ -103,21 +108,24 @@ impl Service {
         if !self.live()?.synchronised {
             return Err(Failure::refused("the promise is refused: the guest's state is not synchronised"));
         }
-        self.change_recorded(|o| o.promise(attempt))?;
-        Reply::done()
+        self.change_recorded(|o| o.promise(attempt), |_, _| Reply::done())
     }
 
     pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt, paused: bool) -> Handled {
         self.alone(from)?;
         // Before anything changes: an empty vmrun has no guest, but an order to refuse by.
         let first = matches!(self.ownership, Ownership::InDoubt { .. });
-        self.change_recorded(|o| o.run(attempt))?;
-        self.live()?;
-        if first {
-            self.paused_by = PausedBy { operator: paused, ..PausedBy::default() };
-        }
-        self.settle()?;
-        Reply::now(self.status())
+        self.change_recorded(
+            |o| o.run(attempt),
+            move |service, _| {
+                service.live()?;
+                if first {
+                    service.paused_by = PausedBy { operator: paused, ..PausedBy::default() };
+                }
+                service.settle()?;
+                Reply::now(service.status())
+            },
+        )
     }
 
     pub(super) fn revoke(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
@@ -151,6 +159,17 @@ impl Service {
                 tracing::warn!("no thread to end the machine on: {e}");
             }
         }
+    }
+}
+
+/// Why there is no machine, for the receiver.
+fn unprepared(error: PrepareError) -> Failure {
+    match error {
+        PrepareError::Refused(problems) => {
+            let message = PrepareError::Refused(problems.clone()).to_string();
+            Failure { code: FailureCode::Unsuitable, message, problems }
+        }
+        PrepareError::Failed(e) => failed(format!("the machine cannot be made: {e}")),
     }
 }
 

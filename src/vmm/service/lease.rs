@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::calls::Task;
 use super::hosted::{Activity, failed};
-use super::{Handled, Reply, Service, Task};
+use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode};
 use crate::switchover::{OperatorWord, Ownership};
 
@@ -51,11 +52,18 @@ impl Service {
     pub(super) fn resume(&mut self, from: ConnectionId, word: OperatorWord) -> Handled {
         self.live()?;
         if !self.ownership.may_run() {
-            self.change_recorded(|o| o.resume(word))?;
-            tracing::warn!("the guest is resumed on the operator's word that no other host runs it");
-            self.forget_mover();
-            self.paused_by = PausedBy::default();
-        } else if self.paused_by.leases.remove(&from) || self.mover == Some(from) {
+            return self.change_recorded(
+                |o| o.resume(word),
+                |service, _| {
+                    tracing::warn!("the guest is resumed on the operator's word that no other host runs it");
+                    service.forget_mover();
+                    service.paused_by = PausedBy::default();
+                    service.settle()?;
+                    Reply::now(service.status())
+                },
+            );
+        }
+        if self.paused_by.leases.remove(&from) || self.mover == Some(from) {
             // A mover gives back its own pause; an operator's pause stays.
         } else if !self.paused_by.leases.is_empty() && !word.force {
             let why = "resuming is refused: a migration has paused the guest for its switchover and \
@@ -71,7 +79,9 @@ impl Service {
     /// Lets the guest go on when nothing speaks against it. Called after everything that may change
     /// that; the only place where a machine is let run.
     pub(super) fn settle(&mut self) -> Result<(), Failure> {
-        if !self.ownership.may_run() || !self.paused_by.nobody() || self.ending.is_some() {
+        // Not while the record of a change is being written, either: what holds then is not known.
+        let free = self.ownership.may_run() && !self.changing;
+        if !free || !self.paused_by.nobody() || self.ending.is_some() {
             return Ok(());
         }
         let Some(hosted) = &mut self.hosted else { return Ok(()) };
@@ -128,10 +138,11 @@ impl Service {
     /// The mover is not there any more, or counts no more: its dirty log goes.
     pub(super) fn forget_mover(&mut self) {
         self.mover = None;
-        if let Some(hosted) = &mut self.hosted
-            && let Err(e) = hosted.dirty_stop()
-        {
-            tracing::warn!("cannot turn the dirty log off: {e}");
-        }
+        let _ = self.stop_dirty_log(|_, stopped| {
+            if let Err(e) = stopped {
+                tracing::warn!("cannot turn the dirty log off: {e}");
+            }
+            Reply::done()
+        });
     }
 }

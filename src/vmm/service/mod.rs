@@ -1,9 +1,12 @@
 //! The heart of `vmrun`: one thread, one poll loop, which holds the machine, its ownership, the
 //! leases and the control socket.
 //!
-//! Nothing here waits for the guest: what takes time is asked of the machine, and answered when its
-//! notice comes; a client that has waited for 50 ms is told so meanwhile.
+//! Nothing here waits for the guest, for KVM or for a disk: what takes time is asked of the machine,
+//! and answered when its notice comes, or is done beside the loop ([`beside`]); a client that has
+//! waited for 50 ms is told so meanwhile.
 
+mod beside;
+mod calls;
 mod ending;
 mod hosted;
 mod incoming;
@@ -13,7 +16,7 @@ mod postcopy;
 mod record;
 mod report;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,12 +27,14 @@ use serde::Serialize;
 use serde_json::Value;
 use thiserror::Error;
 
+use self::beside::{Beside, Chore};
+use self::calls::{Deferred, Task, Wait};
 use self::ending::Signals;
 use self::hosted::{Activity, Hosted};
 use self::lease::PausedBy;
 use self::record::RecordFile;
 use super::{LocalConfig, Machine, MachineConfig, Notice, NoticeSender, VmmError};
-use crate::control::{BindError, ConnectionId, Failure, FailureCode, Incoming, ReplyTo, Request, Server};
+use crate::control::{BindError, ConnectionId, Failure, FailureCode, Request, Server};
 use crate::switchover::{OperatorWord, Ownership, Refusal};
 
 pub use ending::Ending;
@@ -72,22 +77,6 @@ enum Reply {
 
 type Handled = Result<Reply, Failure>;
 
-/// What a client can wait for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Task {
-    Pause,
-    Export,
-    Import,
-}
-
-/// A client that waits.
-struct Wait {
-    reply: ReplyTo,
-    task: Task,
-    since: Instant,
-    told: bool,
-}
-
 /// Hosts one machine; see the module.
 pub struct Service {
     server: Server<Request>,
@@ -101,6 +90,12 @@ pub struct Service {
     mover: Option<ConnectionId>,
     listeners: BTreeSet<ConnectionId>,
     waits: Vec<Wait>,
+    beside: Beside,
+    /// The chores under way that orders have to wait for.
+    chores: VecDeque<Chore>,
+    /// A change of ownership is on its way to the disk.
+    changing: bool,
+    deferred: VecDeque<Deferred>,
     ending: Option<Ending>,
     linger_until: Option<Instant>,
     refused_signal: Option<Instant>,
@@ -128,6 +123,10 @@ impl Service {
             mover: None,
             listeners: BTreeSet::new(),
             waits: Vec::new(),
+            beside: Beside::start()?,
+            chores: VecDeque::new(),
+            changing: false,
+            deferred: VecDeque::new(),
             ending: None,
             linger_until: None,
             refused_signal: None,
@@ -151,11 +150,9 @@ impl Service {
             self.wait()?;
             self.take_signals();
             self.take_notices();
+            self.take_done();
             for incoming in self.server.dispatch()? {
-                match incoming {
-                    Incoming::Call { reply, request, fds } => self.handle(reply, request, fds),
-                    Incoming::Closed(connection) => self.connection_ended(connection),
-                }
+                self.take_in(Deferred::new(incoming));
             }
             self.tell_pending();
             if self.is_over() {
@@ -167,15 +164,22 @@ impl Service {
     /// Sleeps until something happens or a time is up.
     fn wait(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        let pending = self.waits.iter().filter(|w| !w.told).map(|w| w.since + PENDING_AFTER);
-        let until = pending.chain(self.linger_until).min().map(|at| at.saturating_duration_since(now));
+        let until = self
+            .next_pending()
+            .into_iter()
+            .chain(self.linger_until)
+            .min()
+            .map(|at| at.saturating_duration_since(now));
         let sleep = until.into_iter().chain(self.server.next_wake()).min();
         let timeout = match sleep {
             None => PollTimeout::NONE,
             Some(Duration::ZERO) => PollTimeout::ZERO,
             Some(time) => PollTimeout::try_from(time.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };
-        let mut fds = vec![PollFd::new(self.server.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![
+            PollFd::new(self.server.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.beside.fd(), PollFlags::POLLIN),
+        ];
         fds.extend(self.signals.fds().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(self.hosted.as_ref().map(|h| PollFd::new(h.notices.wake.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
@@ -211,16 +215,6 @@ impl Service {
         self.finish_tasks(Task::Pause, || Reply::now(status));
         // Whoever paused it may have changed their mind, or gone.
         let _ = self.settle();
-    }
-
-    fn handle(&mut self, reply: ReplyTo, request: Request, fds: Vec<OwnedFd>) {
-        match self.decide(reply.connection, request, fds) {
-            Ok(Reply::Now(value, fds)) => self.server.answer(reply, Ok(value), fds),
-            Ok(Reply::Later(task)) => {
-                self.waits.push(Wait { reply, task, since: Instant::now(), told: false });
-            }
-            Err(failure) => self.server.answer::<()>(reply, Err(failure), Vec::new()),
-        }
     }
 
     fn decide(&mut self, from: ConnectionId, request: Request, fds: Vec<OwnedFd>) -> Handled {
@@ -277,37 +271,56 @@ impl Service {
         self.hosted.as_mut().ok_or_else(|| Failure::refused("this vmrun holds no guest"))
     }
 
-    /// Changes the ownership; the record follows as well as it can. For changes that no host could
-    /// take wrongly if they were forgotten.
+    /// Changes the ownership; the record follows when it can. For changes that no host could take
+    /// wrongly if they were forgotten.
     fn change<T>(&mut self, change: impl FnOnce(&mut Ownership) -> Result<T, Refusal>) -> Result<T, Failure> {
         let mut next = self.ownership.clone();
         let given = change(&mut next).map_err(|e| Failure::refused(e.to_string()))?;
-        if let Err(e) = self.write_record(&next) {
-            tracing::warn!("the session record cannot be brought up to date: {e}");
+        if next != self.ownership {
+            let write = self.record_of(&next);
+            self.beside.give(Chore::Record, move || {
+                if let Err(e) = write() {
+                    tracing::warn!("the session record cannot be brought up to date: {e}");
+                }
+                None
+            });
         }
         self.set_ownership(next);
         Ok(given)
     }
 
-    /// Changes the ownership when the change is on disk, or not at all (S3).
-    fn change_recorded<T>(
+    /// Changes the ownership when the change is on disk, or not at all (S3); then goes on with `then`.
+    fn change_recorded<T: Send + 'static>(
         &mut self,
         change: impl FnOnce(&mut Ownership) -> Result<T, Refusal>,
-    ) -> Result<T, Failure> {
+        then: impl FnOnce(&mut Self, T) -> Handled + Send + 'static,
+    ) -> Handled {
         let mut next = self.ownership.clone();
         let given = change(&mut next).map_err(|e| Failure::refused(e.to_string()))?;
-        if next == self.ownership {
-            return Ok(given);
-        }
-        if let Err(e) = self.write_record(&next) {
-            let path = self.record.as_ref().map(|r| r.path().display().to_string()).unwrap_or_default();
-            // It may have got as far as the file, and not be certain to stay: back to what holds.
-            let _ = self.write_record(&self.ownership);
-            let why = format!("the session record {path} cannot be written, so nothing was changed: {e}");
-            return Err(hosted::failed(why));
-        }
-        self.set_ownership(next);
-        Ok(given)
+        let Some(record) = self.record.as_ref().filter(|_| next != self.ownership) else {
+            self.set_ownership(next);
+            return then(self, given);
+        };
+        let path = record.path().display().to_string();
+        let (write, back) = (self.record_of(&next), self.record_of(&self.ownership));
+        self.changing = true;
+        self.start(Chore::Record, move || {
+            let written = write();
+            if written.is_err() {
+                // It may have got as far as the file, and not be certain to stay: back to what holds.
+                let _ = back();
+            }
+            Box::new(move |service: &mut Self| {
+                service.changing = false;
+                written.map_err(|e| {
+                    hosted::failed(format!(
+                        "the session record {path} cannot be written, so nothing was changed: {e}"
+                    ))
+                })?;
+                service.set_ownership(next);
+                then(service, given)
+            })
+        })
     }
 
     fn set_ownership(&mut self, next: Ownership) {
@@ -318,55 +331,25 @@ impl Service {
         }
     }
 
-    /// Writes what must outlive a crash; anything else needs no record, and has none.
-    fn write_record(&self, ownership: &Ownership) -> io::Result<()> {
-        let Some(record) = &self.record else { return Ok(()) };
-        match ownership {
-            Ownership::Committed { .. }
-            | Ownership::InDoubt { .. }
-            | Ownership::Released { .. }
-            | Ownership::Sole { arrived: Some(_), .. } => {
-                let description = self.hosted.as_ref().map(|h| h.machine.describe());
-                record.write(description.map(|d| &*d.name), description.map(|d| &*d.uuid), ownership)
-            }
-            Ownership::Empty { .. } | Ownership::Loading { .. } | Ownership::Sole { arrived: None, .. } => {
-                record.remove()
-            }
-        }
-    }
-
-    /// Answers everyone who waits for `task`. The first who asked gets `reply`; nobody else can ask
-    /// for the same export or import meanwhile, and a pause is told by a value.
-    fn finish_tasks(&mut self, task: Task, reply: impl FnOnce() -> Handled) {
-        let (done, rest) = std::mem::take(&mut self.waits).into_iter().partition(|w: &Wait| w.task == task);
-        self.waits = rest;
-        let done: Vec<Wait> = done;
-        if done.is_empty() {
-            return;
-        }
-        let (outcome, fds) = match reply() {
-            Ok(Reply::Now(value, fds)) => (Ok(value), fds),
-            Ok(Reply::Later(_)) => return,
-            Err(failure) => (Err(failure), Vec::new()),
-        };
-        let mut fds = Some(fds);
-        for wait in done {
-            self.server.answer(wait.reply, outcome.clone(), fds.take().unwrap_or_default());
-        }
-    }
-
-    /// Tells those who have waited long enough that they have to wait.
-    fn tell_pending(&mut self) {
-        for wait in self.waits.iter_mut().filter(|w| !w.told && w.since.elapsed() >= PENDING_AFTER) {
-            wait.told = true;
-            self.server.pending(
-                wait.reply,
-                match wait.task {
-                    Task::Pause => "the vCPUs to leave guest mode",
-                    Task::Export => "the state of vCPUs and devices to be saved",
-                    Task::Import => "devices and vCPUs to be restored",
-                },
-            );
+    /// Writes what must outlive a crash; anything else needs no record, and has none. The closure is
+    /// for the thread beside the loop.
+    fn record_of(&self, ownership: &Ownership) -> impl FnOnce() -> io::Result<()> + Send + 'static {
+        let (record, ownership) = (self.record.clone(), ownership.clone());
+        let description = self.hosted.as_ref().map(|h| h.machine.describe());
+        let (name, uuid) = description.map(|d| (d.name.clone(), d.uuid.clone())).unzip();
+        move || match (record, &ownership) {
+            (None, _) => Ok(()),
+            (
+                Some(record),
+                Ownership::Committed { .. }
+                | Ownership::InDoubt { .. }
+                | Ownership::Released { .. }
+                | Ownership::Sole { arrived: Some(_), .. },
+            ) => record.write(name.as_deref(), uuid.as_deref(), &ownership),
+            (
+                Some(record),
+                Ownership::Empty { .. } | Ownership::Loading { .. } | Ownership::Sole { arrived: None, .. },
+            ) => record.remove(),
         }
     }
 
@@ -383,7 +366,9 @@ impl Service {
         if let Some(hosted) = self.hosted.take() {
             hosted.machine.stop();
         }
-        if let Some(record) = self.record.as_ref().filter(|_| !held)
+        // After what is still to be written; where that does not end, the record stays, and is told.
+        let settled = self.beside.drain(LAST_WORDS);
+        if let Some(record) = self.record.as_ref().filter(|_| !held && settled)
             && let Err(e) = record.remove()
         {
             tracing::warn!("session record {}: {e}", record.path().display());

@@ -1,10 +1,13 @@
 //! Requests of a sender.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::hosted::{Activity, Hosted, failed};
-use super::{Ending, Handled, Reply, Service, Task};
+use super::beside::Chore;
+use super::calls::Task;
+use super::hosted::{Activity, DirtyShare, Hosted, failed};
+use super::{Ending, Handled, Reply, Service};
 use crate::control::{Attached, ConnectionId, DirtyPages, Failure, FailureCode, StateBlob};
 use crate::memory::PageIndex;
 use crate::switchover::{Attempt, Ownership, SessionId};
@@ -19,17 +22,28 @@ impl Service {
             let why = format!("another mover ({who}) is attached: one migration at a time");
             return Err(Failure::new(FailureCode::Busy, why));
         }
-        let (attempt, superseded) = match session {
+        match session {
             Some(_) if self.live()?.fetching.is_some() => {
                 let why = "the guest's pages are still coming from where it ran before: it can be sent on when all have come";
-                return Err(Failure::refused(why));
+                Err(Failure::refused(why))
             }
             Some(session) => {
                 let superseded = self.change(|o| o.attach(session))?;
-                (Attempt { session, epoch: 1 }, superseded)
+                self.attach_as(from, Attempt { session, epoch: 1 }, superseded, dest)
             }
-            None => (self.change_recorded(Ownership::reattach)?, None),
-        };
+            None => self.change_recorded(Ownership::reattach, move |service, attempt| {
+                service.attach_as(from, attempt, None, dest)
+            }),
+        }
+    }
+
+    fn attach_as(
+        &mut self,
+        from: ConnectionId,
+        attempt: Attempt,
+        superseded: Option<Attempt>,
+        dest: String,
+    ) -> Handled {
         self.mover = Some(from);
         if !self.ownership.may_run() {
             // Taken back (REVOKED), the guest waits for this mover's word as it would have before.
@@ -51,8 +65,18 @@ impl Service {
     }
 
     pub(super) fn dirty_start(&mut self, from: ConnectionId) -> Handled {
-        let (pages, fd) = self.attached(from)?.dirty_start()?;
-        Reply::with_fds(DirtyPages { pages }, vec![fd])
+        let hosted = self.attached(from)?;
+        if let Some(share) = &hosted.dirty {
+            return share.answer();
+        }
+        let (share, machine) = (DirtyShare::new(&hosted.machine)?, Arc::clone(&hosted.machine));
+        self.start(Chore::DirtyStart, move || {
+            let started = machine.dirty_start();
+            Box::new(move |service: &mut Self| {
+                started.map_err(|e| failed(e.to_string()))?;
+                service.live_mut()?.dirty.insert(share).answer()
+            })
+        })
     }
 
     pub(super) fn dirty_take(&mut self, from: ConnectionId) -> Handled {
@@ -71,8 +95,24 @@ impl Service {
     }
 
     pub(super) fn dirty_stop(&mut self, from: ConnectionId) -> Handled {
-        self.attached(from)?.dirty_stop()?;
-        Reply::done()
+        self.attached(from)?;
+        self.stop_dirty_log(|_, stopped| stopped.and_then(|()| Reply::done()))
+    }
+
+    /// Turns the dirty log off, if it is on, and goes on with `then`.
+    pub(super) fn stop_dirty_log(
+        &mut self,
+        then: impl FnOnce(&mut Self, Result<(), Failure>) -> Handled + Send + 'static,
+    ) -> Handled {
+        let Some(hosted) = self.hosted.as_mut().filter(|h| h.dirty.is_some()) else {
+            return then(self, Ok(()));
+        };
+        hosted.dirty = None;
+        let machine = Arc::clone(&hosted.machine);
+        self.start(Chore::DirtyStop, move || {
+            let stopped = machine.dirty_stop().map_err(|e| failed(e.to_string()));
+            Box::new(move |service: &mut Self| then(service, stopped))
+        })
     }
 
     pub(super) fn export(&mut self, from: ConnectionId) -> Handled {
@@ -116,8 +156,7 @@ impl Service {
                        so that what was sent is old";
             return Err(Failure::refused(why));
         }
-        self.change_recorded(|o| o.fence(attempt, dest))?;
-        Reply::done()
+        self.change_recorded(|o| o.fence(attempt, dest), |_, _| Reply::done())
     }
 
     pub(super) fn peer_revoked(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
@@ -128,16 +167,19 @@ impl Service {
     }
 
     pub(super) fn release(&mut self, from: ConnectionId, attempt: Attempt, keep: bool) -> Handled {
-        self.attached(from)?.dirty_stop()?;
-        let dest = match &self.ownership {
-            Ownership::Committed { dest, .. } => dest.clone(),
-            _ => String::new(),
-        };
-        self.change(|o| o.released(attempt))?;
-        self.emit("migrated", Some(format!("the guest runs at {dest}")));
-        if !keep {
-            self.ending.get_or_insert(Ending::Migrated { dest });
-        }
-        Reply::done()
+        self.attached(from)?;
+        self.stop_dirty_log(move |service, stopped| {
+            stopped?;
+            let dest = match &service.ownership {
+                Ownership::Committed { dest, .. } => dest.clone(),
+                _ => String::new(),
+            };
+            service.change(|o| o.released(attempt))?;
+            service.emit("migrated", Some(format!("the guest runs at {dest}")));
+            if !keep {
+                service.ending.get_or_insert(Ending::Migrated { dest });
+            }
+            Reply::done()
+        })
     }
 }

@@ -39,7 +39,7 @@ pub struct SessionRecord {
 }
 
 /// Where the record of this `vmrun` is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct RecordFile {
     path: PathBuf,
 }

@@ -100,7 +100,7 @@ impl Common {
 /// The vCPUs of a machine.
 pub struct VcpuGroup {
     common: Arc<Common>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl VcpuGroup {
@@ -114,7 +114,7 @@ impl VcpuGroup {
         kick::install_handler().map_err(VmmError::Thread)?;
         let slots = vcpus.iter().map(|_| Arc::default()).collect();
         let common = Arc::new(Common { slots, bus, notices, parking: Mutex::default() });
-        let mut group = Self { common: Arc::clone(&common), threads: Vec::new() };
+        let group = Self { common: Arc::clone(&common), threads: Mutex::default() };
         for (number, fd) in vcpus.into_iter().enumerate() {
             let thread = VcpuThread::new(number as u32, fd, Arc::clone(&common));
             let keep = keep.clone();
@@ -122,7 +122,7 @@ impl VcpuGroup {
                 thread.main();
                 drop(keep);
             });
-            group.threads.push(started.map_err(VmmError::Thread)?);
+            group.threads().push(started.map_err(VmmError::Thread)?);
         }
         Ok(group)
     }
@@ -186,7 +186,7 @@ impl VcpuGroup {
     }
 
     /// Ends all threads and closes the vCPUs.
-    pub fn stop(&mut self) {
+    pub fn stop(&self) {
         self.common.bus.serial.disconnect();
         let quit = |slot: &Arc<Slot>| {
             slot.tell(|mailbox| {
@@ -196,7 +196,7 @@ impl VcpuGroup {
         };
         self.common.slots.iter().for_each(quit);
         let deadline = Instant::now() + STOP_WAIT;
-        for thread in self.threads.drain(..) {
+        for thread in self.threads().drain(..) {
             while !thread.is_finished() && Instant::now() < deadline {
                 thread::sleep(Duration::from_micros(200));
             }
@@ -205,6 +205,10 @@ impl VcpuGroup {
                 false => tracing::warn!("a vCPU thread does not end: it is left behind"),
             }
         }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
