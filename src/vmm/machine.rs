@@ -382,7 +382,11 @@ fn export(parts: &Parts, vcpus: Vec<crate::state::Section>) -> Result<Vec<u8>, V
         clock: clock::save(&parts.vm)?,
         serial: parts.bus.serial.save(),
     };
-    saved::write(vcpus, &vm)
+    let saved = saved::write(vcpus, &vm)?;
+    // Written while all of that was saved, as a rule. Once the guest runs elsewhere, this process may
+    // be killed at any time, and must have nothing left of it.
+    parts.bus.serial.drain();
+    Ok(saved)
 }
 
 type Import = (Vec<super::x86::restore::VcpuImage>, clock::TscRule);

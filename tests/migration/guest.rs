@@ -55,16 +55,3 @@ pub fn check_beats(hosts: &[&Host]) {
     let before = check_story(hosts);
     until("more heartbeats", || (check_story(hosts) >= before + 3).then_some(()));
 }
-
-/// Waits until the guest on `host` has verified all of its memory twice. For a guest whose vmrun was
-/// killed: output that it had not written yet is lost with it, so that the beats may have a gap.
-#[track_caller]
-pub fn check_memory(host: &Host) {
-    until("the guest has verified all its memory", || {
-        let text = output(&[host]);
-        for line in lines(&text) {
-            assert!(!ALARMS.iter().any(|alarm| line.contains(alarm)), "the guest says: {line}");
-        }
-        (lines(&text).filter(|l| l.starts_with("verified all pass ")).count() >= 2).then_some(())
-    });
-}

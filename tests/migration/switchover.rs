@@ -414,7 +414,7 @@ fn the_source_vmrun_dies_after_the_fence() {
     // It was committed: the destination has all of it.
     send.end().expect(0, &[]);
     assert_eq!(pair.b.program.end().code, 0);
-    crate::guest::check_memory(&pair.b);
+    check_alive(&[&pair.a, &pair.b]);
     until("the guest runs", || (pair.b.status().run_state == RunState::Running).then_some(()));
 }
 

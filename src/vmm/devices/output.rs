@@ -3,7 +3,8 @@
 //! The lock is held for an append or a swap, never for a write: a reader that has stopped reading
 //! holds up the writer thread only. When the queue is full, vCPUs wait for room, so that nothing is
 //! lost; a machine that is being paused or stopped lets them pass, since a pause must not depend on
-//! whoever reads the output.
+//! whoever reads the output. What the guest has printed before it is saved is written by then
+//! ([`Output::drain`]), so that it is not lost with this process once the guest runs elsewhere.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,7 +20,10 @@ const WRITE_BYTES: usize = 4096;
 /// The longest that the beginning of a line waits for its end.
 const LINE_WAIT: Duration = Duration::from_millis(10);
 /// The longest that the end of a machine waits for its output to be written.
-const DRAIN_WAIT: Duration = Duration::from_millis(500);
+const CLOSE_WAIT: Duration = Duration::from_millis(500);
+/// The longest that a saved machine waits for its output to be written, and the longest that one
+/// write may have taken by then. It is part of the downtime, but only where the reader does not read.
+const DRAIN_WAIT: Duration = Duration::from_millis(100);
 
 #[derive(Default)]
 struct State {
@@ -27,6 +31,8 @@ struct State {
     /// When the oldest byte of the queue came.
     since: Option<Instant>,
     has_line: bool,
+    /// When the writer thread began the write that it is in.
+    writing_since: Option<Instant>,
     passing: bool,
     closed: bool,
     /// The writer thread has ended: by an error, or because all is written after the close.
@@ -66,6 +72,26 @@ impl Output {
     }
 }
 
+impl Output {
+    /// Waits until all that was printed is written. A reader that has stopped reading is not waited
+    /// for: not at all where that has been so for a while, else for a moment. Only while the output
+    /// is passing.
+    pub(super) fn drain(&self) {
+        let Some(shared) = &self.0 else { return };
+        let mut state = shared.lock();
+        let deadline = Instant::now() + DRAIN_WAIT;
+        while !state.finished && (!state.queue.is_empty() || state.writing_since.is_some()) {
+            let stuck = state.writing_since.is_some_and(|since| since.elapsed() >= DRAIN_WAIT);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if stuck || left.is_zero() {
+                tracing::warn!("the reader of the serial output does not read: what is queued may be lost");
+                return;
+            }
+            state = shared.emptied.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(shared) = &self.0 else { return Ok(bytes.len()) };
@@ -101,11 +127,12 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// While `passing`, a full queue holds up nobody.
+    /// While `passing`, a full queue holds up nobody, and nothing waits for the end of its line.
     pub(super) fn set_passing(&self, passing: bool) {
         if let Some(shared) = &self.shared {
             shared.lock().passing = passing;
             shared.emptied.notify_all();
+            shared.filled.notify_all();
         }
     }
 
@@ -117,7 +144,7 @@ impl Writer {
         state.passing = true;
         shared.filled.notify_all();
         shared.emptied.notify_all();
-        let deadline = Instant::now() + DRAIN_WAIT;
+        let deadline = Instant::now() + CLOSE_WAIT;
         while !state.finished {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -160,12 +187,17 @@ fn write_all(shared: &Shared, mut file: File, lossy: bool) {
 /// Waits for something worth a write and swaps it into `piece`; `None` at the end.
 fn next_piece(shared: &Shared, piece: &mut Vec<u8>) -> Option<()> {
     let mut state = shared.lock();
+    if state.writing_since.take().is_some() {
+        shared.emptied.notify_all();
+    }
     loop {
         let waited = state.since.map_or(Duration::ZERO, |since| since.elapsed());
-        let ready = state.has_line || state.queue.len() >= WRITE_BYTES || state.closed || waited >= LINE_WAIT;
+        let whole = state.has_line || state.queue.len() >= WRITE_BYTES;
+        let ready = whole || state.passing || waited >= LINE_WAIT;
         if !state.queue.is_empty() && ready {
             mem::swap(&mut state.queue, piece);
             (state.since, state.has_line) = (None, false);
+            state.writing_since = Some(Instant::now());
             shared.emptied.notify_all();
             return Some(());
         }
@@ -216,6 +248,29 @@ mod tests {
         host.set_passing(true);
         vcpu.join().unwrap();
         host.close();
+    }
+
+    #[test]
+    fn what_was_printed_is_written_when_the_machine_is_saved() {
+        let file = tempfile::tempfile().unwrap();
+        let (mut output, host) = Output::start(Some(file.try_clone().unwrap()), false).unwrap();
+        for n in 0..100 {
+            output.write_all(&[b'x'; 1000][..n * 10]).unwrap();
+            host.set_passing(true);
+            output.drain();
+            assert_eq!(file.metadata().unwrap().len(), (0..=n as u64).map(|n| n * 10).sum::<u64>());
+            host.set_passing(false);
+        }
+    }
+
+    #[test]
+    fn a_reader_that_stopped_does_not_hold_up_a_drain() {
+        let (_reader, writer) = pipe().unwrap();
+        let (mut output, host) = Output::start(Some(OwnedFd::from(writer).into()), false).unwrap();
+        host.set_passing(true);
+        output.write_all(&[b'x'; QUEUE_BYTES]).unwrap();
+        output.drain();
+        assert!(output.0.unwrap().lock().writing_since.is_some(), "it is still not written");
     }
 
     #[test]

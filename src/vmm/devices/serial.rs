@@ -147,6 +147,12 @@ impl SerialPort {
         lock(&self.writer).set_passing(true);
     }
 
+    /// Waits for a moment until what the guest has printed is written. To be called when it no
+    /// longer prints.
+    pub fn drain(&self) {
+        self.output.drain();
+    }
+
     /// The chip's state.
     pub fn save(&self) -> SerialState {
         let s = lock(&self.chip).state();
