@@ -35,6 +35,15 @@ impl Handover<'_, '_> {
             self.migration.hello.resume = true;
             let m = &mut *self.migration;
             let why = match Link::connect(m.options, attempt, &m.hello, &m.events) {
+                // It ran the guest: one who knows nothing of that is not the receiver that has it now,
+                // which may come back (`vmrecv --resume`).
+                Ok((link, ack)) if forgets(self.step, ack.resume_phase) => {
+                    link.cut();
+                    format!(
+                        "whoever listens at {} knows nothing of the guest; where its vmrun lives, `vmrecv --resume` takes it over",
+                        m.options.dest
+                    )
+                }
                 Ok((link, ack)) => {
                     m.link = Some(link);
                     m.phase = "switchover";
@@ -100,6 +109,12 @@ impl Handover<'_, '_> {
             Err(error) => Err(MigrateError::new(Ending::Unknown, Side::Source, error)),
         }
     }
+}
+
+/// Whether the destination that had said RUNNING now is one that never heard of it.
+fn forgets(step: SourceStep, phase: Option<ResumePhase>) -> bool {
+    let knows = matches!(phase, Some(ResumePhase::Running | ResumePhase::InDoubt | ResumePhase::Revoked));
+    step == SourceStep::Moved && !knows
 }
 
 fn phase_input(phase: Option<ResumePhase>) -> Option<SourceInput> {

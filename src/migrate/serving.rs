@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::memory::PageSet;
 use crate::switchover::SourceInput;
-use crate::wire::{Done, Message, PageBitmap};
+use crate::wire::{Done, FrameType, Message, PageBitmap};
 
 use super::handover::{Handover, TICK};
 use super::link::Event;
@@ -119,10 +119,11 @@ impl Handover<'_, '_> {
         self.migration.phase = "postcopy";
         match self.follow_up.pop() {
             Some(SourceInput::Running) => Ok(self.heard.fetching),
+            // It has said RUNNING before: nothing else is true of the guest's own receiver.
             _ => Err(MigrateError::new(
-                Ending::Lost,
+                Ending::Unknown,
                 Side::Destination,
-                "the destination does not have the guest any more that it was running",
+                "the destination ran the guest, and says now that it does not",
             )),
         }
     }
@@ -139,7 +140,7 @@ impl Handover<'_, '_> {
         }
         let mut words = vec![0; total.div_ceil(64) as usize];
         for part in std::mem::take(&mut self.heard.received) {
-            part.put_into(&mut words)
+            part.put_into(FrameType::Received, &mut words)
                 .map_err(|e| MigrateError::new(Ending::Resumable, Side::Destination, e))?;
         }
         let mut owed = PageSet::full(total);

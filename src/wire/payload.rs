@@ -260,10 +260,11 @@ impl PageBitmap {
             .map(move |(i, part)| Self { first: (i * each * 64) as u64, words: part.to_vec() })
     }
 
-    /// Puts this part into the bitmap `into`; an error when it does not lie within it.
-    pub fn put_into(&self, into: &mut [u64]) -> Result<(), MessageError> {
+    /// Puts this part, which came in a frame of `kind`, into the bitmap `into`; an error when it does
+    /// not lie within it.
+    pub fn put_into(&self, kind: FrameType, into: &mut [u64]) -> Result<(), MessageError> {
         let outside = || MessageError::Malformed {
-            kind: FrameType::Received,
+            kind,
             cause: format!(
                 "{} words from page {} on are beyond the guest's RAM",
                 self.words.len(),

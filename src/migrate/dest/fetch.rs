@@ -84,7 +84,7 @@ impl Arrival<'_> {
             return self.fail("MISSING before the machine was accepted");
         };
         let words = session.missing.get_or_insert_with(|| vec![0; total.div_ceil(64) as usize]);
-        match part.put_into(words) {
+        match part.put_into(wire::FrameType::Missing, words) {
             Ok(()) => Ok(()),
             Err(error) => self.fail(error),
         }
@@ -118,20 +118,21 @@ impl Arrival<'_> {
         pager.start(Box::new(move || drop(events.send(Event::AllPresent)))).map_err(failed)
     }
 
-    /// The source has come back: it hears what is here, and what is waited for.
+    /// The source has come back: it hears what is waited for, and what is here. In this order: when
+    /// RECEIVED is whole it begins to push, and what is waited for has to come before that.
     pub(super) fn fetch_on(&mut self) {
         let Some(session) = &self.session else { return };
         let (Some(pager), Some(main)) = (&session.pager, &session.main) else { return };
         if pager.missing_pages() == 0 {
             return;
         }
+        pager.connect(main.sender().clone());
         for part in PageBitmap::parts(&pager.present_words()) {
             // A line that fails is noticed by its pump.
             if main.send(&Message::Received(part)).is_err() {
                 return;
             }
         }
-        pager.connect(main.sender().clone());
     }
 
     /// The last page has come: nothing of the fault handling stays, and the source hears it.

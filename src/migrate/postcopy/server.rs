@@ -1,6 +1,7 @@
 //! The source's page server: requests first, the rest in the background.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::{AtomicPageSet, PageIndex, PageRun, PageSet};
 use crate::transport::{RateLimiter, Sender};
@@ -21,7 +22,9 @@ pub struct PageServer {
     left: AtomicU64,
     initially: u64,
     /// Requests that are being answered: the background yields to them.
-    urgent: AtomicUsize,
+    urgent: Mutex<usize>,
+    /// No request is being answered any more.
+    calm: Condvar,
     /// Where the background goes on: just behind the last page that was asked for.
     cursor: AtomicU64,
     total: u64,
@@ -38,7 +41,8 @@ impl PageServer {
             owed,
             left: AtomicU64::new(pages.count()),
             initially: pages.count(),
-            urgent: AtomicUsize::new(0),
+            urgent: Mutex::new(0),
+            calm: Condvar::new(),
             cursor: AtomicU64::new(0),
             total: pages.capacity(),
         }
@@ -63,7 +67,7 @@ impl PageServer {
         views: &Views,
         counters: &Counters,
     ) -> Result<(), WorkError> {
-        self.urgent.fetch_add(1, Ordering::AcqRel);
+        *self.urgent() += 1;
         let mut table = RunTable::new();
         let mut result = Ok(());
         for page in pages {
@@ -82,7 +86,11 @@ impl PageServer {
                 break;
             }
         }
-        self.urgent.fetch_sub(1, Ordering::AcqRel);
+        let mut urgent = self.urgent();
+        *urgent -= 1;
+        if *urgent == 0 {
+            self.calm.notify_all();
+        }
         result
     }
 
@@ -99,13 +107,15 @@ impl PageServer {
             // Each frame is paid for before the next is taken, not while it is held: whoever asks
             // for a page that is taken already waits until it is out.
             limit.take(table.encoded_bytes() as u64 + table.data_bytes(), sender.cancel_token())?;
-            while self.urgent.load(Ordering::Acquire) > 0 {
-                std::thread::yield_now();
-            }
+            drop(self.calm.wait_while(self.urgent(), |urgent| *urgent > 0));
             let Some(chunk) = self.next_chunk() else { break };
             send_chunk(&chunk, &mut table, sender, views, counters, None)?;
         }
         Ok(())
+    }
+
+    fn urgent(&self) -> MutexGuard<'_, usize> {
+        self.urgent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next pages that are owed, from the cursor on and around the end.

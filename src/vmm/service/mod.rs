@@ -2,7 +2,7 @@
 //! leases and the control socket.
 //!
 //! Nothing here waits for the guest, for KVM or for a disk: what takes time is asked of the machine,
-//! and answered when its notice comes, or is done beside the loop ([`beside`]); a client that has
+//! and answered when its notice comes, or is done beside the loop; a client that has
 //! waited for 50 ms is told so meanwhile.
 
 mod beside;

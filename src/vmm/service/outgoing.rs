@@ -16,17 +16,17 @@ use crate::vmm::VmmError;
 
 impl Service {
     pub(super) fn attach(&mut self, from: ConnectionId, session: Option<SessionId>, dest: String) -> Handled {
-        self.live()?;
+        let lacks_pages = self.live()?.fetching.is_some();
+        if session.is_some() && lacks_pages {
+            let why = "the guest's pages are still coming from where it ran before: it can be sent on when all have come";
+            return Err(Failure::refused(why));
+        }
         if let Some(other) = self.mover.filter(|m| *m != from) {
             let who = self.server.client_name(other);
             let why = format!("another mover ({who}) is attached: one migration at a time");
             return Err(Failure::new(FailureCode::Busy, why));
         }
         match session {
-            Some(_) if self.live()?.fetching.is_some() => {
-                let why = "the guest's pages are still coming from where it ran before: it can be sent on when all have come";
-                Err(Failure::refused(why))
-            }
             Some(session) => {
                 let superseded = self.change(|o| o.attach(session))?;
                 self.attach_as(from, Attempt { session, epoch: 1 }, superseded, dest)
