@@ -113,6 +113,9 @@ impl Machine {
         let host = HostAbilities::of_this_host(&kvm)?;
         let mut problems = preflight::problems(desc, &host);
         problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
+        if local.postcopy {
+            problems.extend(preflight::userfaultfd_problem());
+        }
         let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
             None => local.serial.clone(),
             Some(Ok(backend)) => backend,
