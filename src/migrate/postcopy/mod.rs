@@ -7,6 +7,8 @@
 
 pub mod heard;
 pub mod latency;
+#[cfg(test)]
+mod model;
 pub mod owed;
 pub mod pager;
 pub mod server;
