@@ -36,7 +36,8 @@ class Pair:
 
     def send(self, *words, dest=None):
         """A vmsend in the scene's mode. Hybrid goes over to postcopy after its first pass."""
-        words = [*FLAGS[self.scene.mode], "--control", self.control, "--peer-timeout", "3s", *words]
+        patience = [] if "--peer-timeout" in words else ["--peer-timeout", "3s"]
+        words = [*FLAGS[self.scene.mode], "--control", self.control, *patience, *words]
         send = self.scene.send(self.a, dest or self.link.address, *words)
         if self.scene.mode == HYBRID and not dest:
             self.link.await_passed(TO_DEST, "PAGES")
