@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import drills
+import leaks
 import net
 import report
 import rows_before  # noqa: F401  (each of these registers its drills)
@@ -34,16 +35,13 @@ def arguments():
     run.add_argument("rows", nargs="+", metavar="ROW", help="a row's number, or a drill's name")
     everything = commands.add_parser("all", help="run all drills")
     ci = commands.add_parser("ci", help="run all drills in one mode each, in turn: for every change")
-    soak = commands.add_parser("soak", help="move a guest to and fro with random faults at random moments")
-    soak.add_argument("--minutes", type=float, default=10, metavar="N", help="how long (10)")
-    soak.add_argument("--seed", type=int, default=int(time.time()), metavar="S", help="the choice of faults (the time)")
-    leaks = commands.add_parser("leaks", help="a hundred migrations in hosts that live on: does anything grow?")
-    leaks.add_argument("--times", type=int, default=100, metavar="N", help="how many (100)")
+    growth = commands.add_parser("leaks", help="a hundred attempts that fail, in hosts that live on: does anything grow?")
+    growth.add_argument("--times", type=int, default=100, metavar="N", help="how many (100)")
     commands.add_parser("model", help="explore the switchover's state machines, and print how many states there are")
     for sub in (run, everything, ci):
         sub.add_argument("--repeat", type=int, default=1, metavar="N", help="play each drill N times")
         sub.add_argument("--mode", choices=drills.ALL_MODES, help="in this mode only")
-    for sub in (run, everything, ci, soak, leaks):
+    for sub in (run, everything, ci, growth):
         sub.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
         sub.add_argument("--keep", action="store_true", help="keep the logs of drills that have passed, too")
         sub.add_argument("--loopback", action="store_true", help="no namespaces, even as root")
@@ -96,13 +94,7 @@ def main():
     if why:
         print(f"drill: no namespaces ({why}): both hosts are on loopback", file=sys.stderr)
     kit = Kit(Path(args.bin), Path(args.traps) if args.traps else None, why, args.keep)
-    if args.command == "soak":
-        import soak
-
-        return soak.run(kit, args)
     if args.command == "leaks":
-        import leaks
-
         return leaks.run(kit, args)
     return perform(args, kit)
 
