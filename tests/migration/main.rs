@@ -18,4 +18,5 @@ mod postcopy;
 mod precopy;
 mod receiver;
 mod recovery;
+mod sandbox;
 mod switchover;
