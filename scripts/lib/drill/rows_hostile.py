@@ -185,7 +185,7 @@ def replayed_attempt(scene):
     return pair.back()
 
 
-@drill(25, "forty peers that drip bytes and a thousand that say nothing: an honest sender gets in")
+@drill(25, "forty peers that drip bytes and five hundred that say nothing: an honest sender gets in")
 def slow_loris(scene):
     pair = Pair(scene)
     weight = Weight(scene, pair.b.mover)
