@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::control::{Client, ClientError, DEFAULT_TIMEOUT, Imported, Remap};
+use crate::memory::RamPages;
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::memfd;
@@ -33,6 +34,8 @@ pub struct HostOptions {
     pub vmrun: Option<PathBuf>,
     /// Its `--serial`.
     pub serial: String,
+    /// What RAM is made of there; as at the source when `None`.
+    pub ram_pages: Option<RamPages>,
     /// Host ends of devices, by id.
     pub remap: Vec<Remap>,
 }
@@ -72,7 +75,7 @@ impl Host {
         self.client.set_timeout(DEFAULT_TIMEOUT);
         let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
-        Ram::new(prepared.ram.map, memfds).map_err(|source| ClientError::Io { path: path(), source })
+        Ram::writable(&prepared.ram, memfds).map_err(|source| ClientError::Io { path: path(), source })
     }
 
     /// The control socket.
@@ -124,6 +127,9 @@ fn spawn(options: &HostOptions) -> Result<Child, MigrateError> {
     };
     let mut command = Command::new(&program);
     command.arg("--incoming").arg("--control").arg(&options.control).arg("--serial").arg(&options.serial);
+    if let Some(pages) = options.ram_pages {
+        command.arg("--hugepages").arg(pages.to_string());
+    }
     // It outlives us, also when a terminal's Ctrl-C reaches our process group.
     command.process_group(0).stdin(Stdio::null());
     if options.serial != "stdio" {

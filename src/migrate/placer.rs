@@ -49,7 +49,7 @@ impl Placer {
     /// Throws away what was placed of `pages`: they come again.
     pub fn discard(&self, pages: &PageSet) -> io::Result<()> {
         for run in pages.runs().filter(|run| self.written.intersects(*run)) {
-            self.for_spans(run, |span| self.ram.zero(span))?;
+            self.for_spans(run, |span| self.ram.discard(span))?;
         }
         Ok(())
     }

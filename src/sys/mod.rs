@@ -4,9 +4,11 @@
 
 pub mod bitmap;
 pub mod fdpass;
+pub mod holes;
 pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
 pub mod uffd;
 pub mod view;
+pub mod window;

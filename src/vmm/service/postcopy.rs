@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use super::hosted::{Activity, failed};
 use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode, Postcopy};
+use crate::memory::RamPages;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::bitmap::SharedBitmap;
 use crate::sys::memfd;
@@ -49,6 +50,11 @@ impl Service {
         let hosted = self.live_mut()?;
         if hosted.activity != Activity::Parked || hosted.synchronised || hosted.fetching.is_some() {
             return Err(Failure::refused("postcopy can be armed once, before the import"));
+        }
+        if hosted.machine.ram().pages() == RamPages::Huge {
+            return Err(Failure::refused(
+                "postcopy into RAM of 2M pages cannot be done here: use --mode precopy, or receive with --hugepages 4K or thp",
+            ));
         }
         let made = |what: &str, e: std::io::Error| failed(format!("cannot {what}: {e}"));
         let ram = hosted.machine.ram();
