@@ -380,12 +380,16 @@ pub struct DirtyPages {
 }
 
 /// Answer to `export`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateBlob {
     /// Bytes of state in the memfd.
     pub bytes: u64,
     /// How long saving took.
     pub export_us: u64,
+    /// Pages of RAM (dense numbers, [`PageIndex`]) that restoring the state touches, then those that
+    /// the vCPUs touch first.
+    #[serde(default)]
+    pub first_touched: Vec<u64>,
 }
 
 /// Answer to `import`.

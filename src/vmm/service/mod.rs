@@ -196,7 +196,7 @@ impl Service {
         for notice in notices {
             match notice {
                 Notice::Paused => self.parked(),
-                Notice::Exported(state) => self.exported(state),
+                Notice::Exported(saved) => self.exported(saved),
                 Notice::Synchronised(outcome) => self.synchronised(outcome),
                 Notice::Exit(exit) => self.guest_ended(exit),
             }
