@@ -117,6 +117,9 @@ impl Machine {
         description.ram_pages = local.ram_pages.unwrap_or(desc.ram_pages);
         let mut problems = preflight::problems(&description, &host);
         problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
+        if local.postcopy {
+            problems.extend(preflight::userfaultfd_problem());
+        }
         let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
             None => local.serial.clone(),
             Some(Ok(backend)) => backend,

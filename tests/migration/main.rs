@@ -18,4 +18,5 @@ mod network;
 mod postcopy;
 mod precopy;
 mod receiver;
+mod recovery;
 mod switchover;
