@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PAGE_BYTES, RamMap};
+use super::{PAGE_BYTES, PageIndex, PageRun, RamMap};
 
 /// Bytes of a huge page on x86-64.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -60,7 +60,7 @@ impl FromStr for RamPages {
 }
 
 /// Pages that come and go together: regions of RAM are made of whole ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Granule {
     pages: u64,
 }
@@ -74,6 +74,22 @@ impl Granule {
     /// In bytes.
     pub fn bytes(self) -> u64 {
         self.pages * PAGE_BYTES
+    }
+
+    /// The one that `page` belongs to. Numbers are aligned like addresses where it [fits](Self::fits).
+    pub fn around(self, page: PageIndex) -> PageRun {
+        PageRun { first: PageIndex(page.0 - page.0 % self.pages), pages: self.pages }
+    }
+
+    /// `run`, cut where one ends and the next begins.
+    pub fn parts(self, run: PageRun) -> impl Iterator<Item = PageRun> {
+        let (mut at, end) = (run.first.0, run.first.0.saturating_add(run.pages));
+        std::iter::from_fn(move || {
+            let first = PageIndex(at);
+            let whole = self.around(first);
+            at = whole.first.0.saturating_add(whole.pages).min(end);
+            (first.0 < end).then(|| PageRun { first, pages: at - first.0 })
+        })
     }
 
     /// Whether every region of `map` begins and ends with one, so that page numbers and addresses
@@ -97,6 +113,19 @@ mod tests {
         }
         assert!("1G".parse::<RamPages>().unwrap_err().contains("2M"));
         assert_eq!(RamPages::Transparent.granule(), Granule::SMALL);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_granules_end() {
+        let run = |first, pages| PageRun { first: PageIndex(first), pages };
+        let parts = |granule: Granule, first, pages| granule.parts(run(first, pages)).collect::<Vec<_>>();
+        assert_eq!(Granule::HUGE.around(PageIndex(1023)), run(512, 512));
+        assert_eq!(Granule::SMALL.around(PageIndex(1023)), run(1023, 1));
+        assert_eq!(parts(Granule::HUGE, 500, 600), [run(500, 12), run(512, 512), run(1024, 76)]);
+        assert_eq!(parts(Granule::HUGE, 512, 512), [run(512, 512)]);
+        assert_eq!(parts(Granule::SMALL, 5, 2), [run(5, 1), run(6, 1)]);
+        assert_eq!(parts(Granule::HUGE, 5, 0), []);
+        assert_eq!(parts(Granule::HUGE, u64::MAX - 1, 9), [run(u64::MAX - 1, 1)]);
     }
 
     #[test]

@@ -203,6 +203,13 @@ impl Ram {
         Ok(())
     }
 
+    /// Gives the huge page at the start of `span` memory where it is a hole; its content stays.
+    pub fn touch(&self, span: Span) {
+        if let Some(window) = self.windows.get(span.region) {
+            window.touch(span.offset);
+        }
+    }
+
     /// Gives the memory of `span` back, for good: an error where the kernel has only zeroed it, which
     /// it does to a part of a transparent huge page that it cannot take apart.
     pub fn discard(&self, span: Span) -> io::Result<()> {

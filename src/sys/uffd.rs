@@ -1,4 +1,5 @@
-//! Page faults of another process, served here: userfaultfd(2) over shared memory, in missing mode.
+//! Page faults of another process, served here: userfaultfd(2) over shared memory, in missing mode; for
+//! huge pages out of the pool in minor mode too.
 //!
 //! Addresses are those of the process that registered its memory, wherever the descriptor is used;
 //! the bytes that are copied are read from the process that calls.
@@ -11,6 +12,10 @@ use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, U
 
 /// Bytes of a page, the unit of every fault.
 const PAGE_BYTES: u64 = 4096;
+/// UFFD_FEATURE_MISSING_HUGETLBFS.
+const MISSING_HUGETLBFS: u64 = 1 << 4;
+/// UFFD_FEATURE_MINOR_HUGETLBFS, which the crate does not name.
+const MINOR_HUGETLBFS: u64 = 1 << 9;
 /// Faults that are read at once.
 const BATCH: usize = 64;
 
@@ -34,10 +39,14 @@ impl FaultFd {
         Self::make(false, FeatureFlags::empty())
     }
 
+    /// The same for memory of huge pages (hugetlb), from Linux 5.13 on.
+    pub fn for_huge_pages() -> io::Result<Self> {
+        Self::make(false, FeatureFlags::from_bits_retain(MISSING_HUGETLBFS | MINOR_HUGETLBFS))
+    }
+
     /// For huge pages of ours that are only asked after: nobody serves faults.
     pub(super) fn for_own_huge_pages() -> io::Result<Self> {
-        // UFFD_FEATURE_MINOR_HUGETLBFS, which the crate does not name.
-        Self::make(true, FeatureFlags::from_bits_retain(1 << 9))
+        Self::make(true, FeatureFlags::from_bits_retain(MINOR_HUGETLBFS))
     }
 
     fn make(user_mode_only: bool, features: FeatureFlags) -> io::Result<Self> {
@@ -67,6 +76,11 @@ impl FaultFd {
     /// From here on faults on missing pages of `bytes` at `start` wait for whoever holds this.
     pub fn register(&self, start: u64, bytes: u64) -> io::Result<()> {
         self.0.register(start as *mut _, bytes as usize).map(drop).map_err(other)
+    }
+
+    /// The same for huge pages: faults wait also on one that is in the file already, until it is shown.
+    pub fn register_hidden(&self, start: u64, bytes: u64) -> io::Result<()> {
+        self.register_for(start, bytes, RegisterMode::MISSING | RegisterMode::MINOR)
     }
 
     /// For pages that are there, but not mapped; missing ones are the kernel's.
@@ -137,9 +151,9 @@ impl FaultFd {
         }
     }
 
-    /// Maps the page of `bytes` bytes at `start` as it is in the file (UFFDIO_CONTINUE); `false` where
-    /// the file has a hole there.
-    pub(super) fn show(&self, start: u64, bytes: u64) -> io::Result<bool> {
+    /// Maps the page of `bytes` bytes at `start` as it is in the file (UFFDIO_CONTINUE), and wakes whoever
+    /// waits for it, unless it was mapped before; `false` where the file has a hole there.
+    pub fn show(&self, start: u64, bytes: u64) -> io::Result<bool> {
         loop {
             match self.0.r#continue(start as *mut _, bytes as usize, true) {
                 Ok(_) => return Ok(true),

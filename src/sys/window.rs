@@ -63,6 +63,14 @@ impl RamWindow {
         unsafe { std::ptr::write_bytes(to, 0, bytes as usize) };
     }
 
+    /// Gives the page at `offset` memory where it is a hole, and changes nothing in it. Panics like
+    /// [`Self::write`].
+    pub fn touch(&self, offset: u64) {
+        let from = self.at(offset, 1);
+        // SAFETY: `at` has checked that the byte is mapped; any value is valid, and it is thrown away.
+        let _ = unsafe { from.read_volatile() };
+    }
+
     fn at(&self, offset: u64, bytes: usize) -> *mut u8 {
         let end = offset.checked_add(bytes as u64);
         assert!(end.is_some_and(|end| end <= self.bytes as u64), "range outside the RAM window");

@@ -118,7 +118,7 @@ impl Machine {
         let mut problems = preflight::problems(&description, &host);
         problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
         if local.postcopy {
-            problems.extend(preflight::userfaultfd_problem());
+            problems.extend(preflight::userfaultfd_problem(description.ram_pages));
         }
         let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
             None => local.serial.clone(),

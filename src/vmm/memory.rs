@@ -152,6 +152,21 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Takes the memory out of this process's mapping; the files keep it. What is touched from here on
+    /// faults, whatever was touched before.
+    pub fn unmap(&self) -> io::Result<()> {
+        for (region, address) in self.map.regions().iter().zip(&self.addresses) {
+            // SAFETY: exactly a mapping of ours, shared: its content is the file's and stays.
+            let done = unsafe {
+                libc::madvise(address.0 as *mut libc::c_void, region.bytes as usize, libc::MADV_DONTNEED)
+            };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Adds the pages that this process wrote since the last call to `words` (dense numbering, one
     /// bit a page), and forgets them.
     pub(super) fn take_device_written(&self, words: &mut [u64]) {

@@ -89,12 +89,16 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
     out
 }
 
-/// Why page faults of a guest cannot be served here, if they cannot.
-pub fn userfaultfd_problem() -> Option<Problem> {
-    let error = FaultFd::new().err()?;
+/// Why page faults of a guest whose RAM is made of `pages` cannot be served here, if they cannot.
+pub fn userfaultfd_problem(pages: RamPages) -> Option<Problem> {
+    let made = match pages {
+        RamPages::Huge => FaultFd::for_huge_pages(),
+        RamPages::Small | RamPages::Transparent => FaultFd::new(),
+    };
+    let error = made.err()?;
     let text = format!(
         "pages are to come after the guest (postcopy), and the receiver cannot make a userfaultfd: {error} \
-         (vmrun needs access to /dev/userfaultfd, or CAP_SYS_PTRACE)"
+         (vmrun needs access to /dev/userfaultfd, or CAP_SYS_PTRACE; with 2M pages Linux 5.18)"
     );
     Some(Problem { topic: "userfaultfd".into(), text })
 }

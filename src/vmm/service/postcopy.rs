@@ -15,6 +15,7 @@ use crate::switchover::{Attempt, Ownership};
 use crate::sys::bitmap::SharedBitmap;
 use crate::sys::memfd;
 use crate::sys::uffd::FaultFd;
+use crate::vmm::memory::GuestRam;
 
 /// Pages are missing, and somebody fetches them.
 pub(super) struct Fetching {
@@ -51,21 +52,11 @@ impl Service {
         if hosted.activity != Activity::Parked || hosted.synchronised || hosted.fetching.is_some() {
             return Err(Failure::refused("postcopy can be armed once, before the import"));
         }
-        if hosted.machine.ram().pages() == RamPages::Huge {
-            return Err(Failure::refused(
-                "postcopy into RAM of 2M pages cannot be done here: use --mode precopy, or receive with --hugepages 4K or thp",
-            ));
-        }
         let made = |what: &str, e: std::io::Error| failed(format!("cannot {what}: {e}"));
         let ram = hosted.machine.ram();
         let pages = ram.map().total_pages();
         let faults =
-            FaultFd::new().map_err(|e| made("make a userfaultfd (postcopy needs /dev/userfaultfd)", e))?;
-        for (region, address) in ram.map().regions().iter().zip(ram.addresses()) {
-            faults
-                .register(address.0, region.bytes)
-                .map_err(|e| made("register the RAM with userfaultfd", e))?;
-        }
+            watch(ram).map_err(|e| made("register the RAM with a userfaultfd (/dev/userfaultfd)", e))?;
         let memfd = memfd::create_sealed(c"vmferry-present", pages.div_ceil(64) * 8)
             .map_err(|e| made("make the set of present pages", e))?;
         let present =
@@ -142,4 +133,21 @@ impl Service {
         let (listen, ownership) = (fetching.listen.clone(), self.ownership.clone());
         Ok((Postcopy { ram, attempt, listen, ownership }, fds))
     }
+}
+
+/// Registers RAM in which pages are missing. Huge pages fill up in the file, where this process does not
+/// see them, and are shown one by one when they are whole.
+fn watch(ram: &GuestRam) -> std::io::Result<FaultFd> {
+    let huge = ram.pages() == RamPages::Huge;
+    let faults = if huge { FaultFd::for_huge_pages() } else { FaultFd::new() }?;
+    for (region, address) in ram.map().regions().iter().zip(ram.addresses()) {
+        match huge {
+            true => faults.register_hidden(address.0, region.bytes)?,
+            false => faults.register(address.0, region.bytes)?,
+        }
+    }
+    if huge {
+        ram.unmap()?;
+    }
+    Ok(faults)
 }
