@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, ValueHint};
 
 use crate::control::Remap;
+use crate::memory::RamPages;
 use crate::migrate::dest;
 use crate::migrate::host::HostOptions;
 use crate::migrate::options::{Arrived, ReceiveOptions};
@@ -64,6 +65,14 @@ pub struct Args {
     /// stdio has output only. file: appends the output to the file.
     #[arg(long, value_name = "WHERE", default_value = "none", conflicts_with = "attach")]
     pub serial: SerialBackend,
+
+    /// Make the guest's memory of pages of this size: 4K, 2M or thp
+    ///
+    /// 2M takes huge pages out of the host's pool (hugetlb), all of them at the start. thp asks the
+    /// host for transparent ones, which it gives where it can. As where the guest comes
+    /// from by default.
+    #[arg(long, value_name = "PAGES", conflicts_with_all = ["attach", "resume"])]
+    pub hugepages: Option<RamPages>,
 
     /// Replace the host end of a device, as in serial0=file:/var/log/guest
     ///
@@ -177,6 +186,7 @@ impl Args {
                 vmrun,
                 sandbox: !self.sandbox.no_sandbox,
                 serial: self.serial.to_string(),
+                ram_pages: self.hugepages,
                 remap: self.remap.clone(),
             },
         })

@@ -4,6 +4,7 @@
 
 pub mod bitmap;
 pub mod fdpass;
+pub mod holes;
 pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
@@ -12,3 +13,4 @@ pub mod sandbox;
 pub mod spawn;
 pub mod uffd;
 pub mod view;
+pub mod window;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{KernelSource, SerialBackend};
+use crate::memory::RamPages;
 
 /// A machine to boot.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub struct MachineConfig {
     pub uuid: String,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// What RAM is made of.
+    pub ram_pages: RamPages,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// What is booted.
@@ -29,6 +32,8 @@ pub struct MachineConfig {
 /// What a host decides about a machine that comes in.
 #[derive(Clone, Debug, Default)]
 pub struct LocalConfig {
+    /// What RAM is made of; as where the machine comes from when `None`.
+    pub ram_pages: Option<RamPages>,
     /// What the serial port is connected to, unless it is remapped.
     pub serial: SerialBackend,
     /// `--remap ID=VALUE`: host paths by device id.

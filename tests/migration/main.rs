@@ -13,6 +13,7 @@ mod bad_input;
 mod chaos;
 mod happy;
 mod hostile;
+mod hugepages;
 mod network;
 mod postcopy;
 mod precopy;
