@@ -69,10 +69,15 @@ impl Host {
         Ok(Self { options: options.clone(), client, child })
     }
 
-    /// Makes the machine, empty, and gives its RAM.
-    pub fn prepare(&mut self, attempt: Attempt, machine: &MachineDescription) -> Result<Ram, ClientError> {
+    /// Makes the machine, empty, and gives its RAM. `postcopy`: pages may come after the guest.
+    pub fn prepare(
+        &mut self,
+        attempt: Attempt,
+        machine: &MachineDescription,
+        postcopy: bool,
+    ) -> Result<Ram, ClientError> {
         self.client.set_timeout(PREPARE_TIMEOUT);
-        let prepared = self.client.prepare(attempt, machine, self.options.remap.clone());
+        let prepared = self.client.prepare(attempt, machine, self.options.remap.clone(), postcopy);
         self.client.set_timeout(DEFAULT_TIMEOUT);
         let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
