@@ -21,6 +21,15 @@ use super::source_vm::SourceVm;
 /// How often a wait looks at what the operator wants.
 pub(super) const TICK: Duration = Duration::from_millis(50);
 
+/// Where the `vmrun` at `vm` has committed its guest to, if it has. Whatever is wrong there, [`resume`]
+/// will say.
+pub fn recorded_destination(vm: &std::path::Path) -> Option<crate::transport::Address> {
+    match SourceVm::connect(vm).and_then(|mut vm| vm.client.status()).ok()?.ownership {
+        Ownership::Committed { dest, .. } => dest.parse().ok(),
+        _ => None,
+    }
+}
+
 /// Goes on with a migration whose `vmsend` has gone after the fence.
 pub fn resume(
     options: &SendOptions,

@@ -171,6 +171,7 @@ impl<'a> Migration<'a> {
     fn connect(&mut self, machine: &crate::state::MachineDescription) -> Result<(), MigrateError> {
         let (link, ack) = Link::connect(self.options, self.attempt, &self.hello, &self.events)?;
         self.observer.note(&format!("connected to {} ({})", ack.host, self.options.dest));
+        crate::sys::sandbox::try_forbidden("send");
         self.may_postcopy = ack.features.iter().any(|f| f == wire::POSTCOPY);
         self.link = Some(link);
         self.say(&Message::Machine(wire::JsonBody::of(machine).map_err(here)?));

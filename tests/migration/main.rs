@@ -19,4 +19,5 @@ mod postcopy;
 mod precopy;
 mod receiver;
 mod recovery;
+mod sandbox;
 mod switchover;

@@ -232,6 +232,7 @@ fn the_receiver_is_killed_in_postcopy() {
         assert!(lacks_pages(&check_answers(&pair.b)));
         pair.b.vmctl(&["status"]).expect(0, &[]);
     }
+    assert!(pair.b.status().summary.contains("nobody takes them"));
     send.await_note("the connection is lost");
     pair.resume_receiver();
     send.end().expect(0, &[]);

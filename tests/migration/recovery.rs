@@ -106,7 +106,8 @@ fn vmctl_is_answered_while_the_link_is_down() {
         }
         (last.1.elapsed() > Duration::from_millis(300)).then_some(())
     });
-    assert!(lacks_pages(&check_answers(&pair.b)));
+    let status = check_answers(&pair.b);
+    assert!(lacks_pages(&status) && status.summary.contains("its receiver takes them at"), "{status:?}");
     let mut client = pair.b.client();
     client.set_timeout(Duration::from_millis(500));
     // Done, where the kernel lets the vCPU out of its fault; else under way until the page has come.

@@ -8,6 +8,8 @@
 pub mod heard;
 mod hidden;
 pub mod latency;
+#[cfg(test)]
+mod model;
 pub mod owed;
 pub mod pager;
 pub mod server;

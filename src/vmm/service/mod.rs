@@ -95,6 +95,8 @@ pub struct Service {
     chores: VecDeque<Chore>,
     /// A change of ownership is on its way to the disk.
     changing: bool,
+    /// The guest has run: this thread and the one beside have given up what they do without.
+    confined: bool,
     deferred: VecDeque<Deferred>,
     ending: Option<Ending>,
     linger_until: Option<Instant>,
@@ -126,6 +128,7 @@ impl Service {
             beside: Beside::start()?,
             chores: VecDeque::new(),
             changing: false,
+            confined: false,
             deferred: VecDeque::new(),
             ending: None,
             linger_until: None,

@@ -9,6 +9,7 @@ use super::group::{Common, Slot};
 use super::round::Round;
 use crate::state::{Section, SectionKind, VCPU_VERSION};
 use crate::sys::kick::{self, KickGuard};
+use crate::sys::sandbox::{self, Role};
 use crate::vmm::devices::Bus;
 use crate::vmm::x86::clock::TscRule;
 use crate::vmm::x86::restore::{FaultTrap, VcpuImage};
@@ -62,6 +63,10 @@ impl VcpuThread {
             Err(e) => return self.common.end(GuestExit::Error(format!("vCPU {}: {e}", self.number))),
         };
         self.slot.thread.store(kick::this_thread(), Ordering::SeqCst);
+        if let Err(e) = sandbox::confine_thread(Role::Vcpu) {
+            return self.common.end(GuestExit::Error(format!("vCPU {}: sandbox: {e}", self.number)));
+        }
+        sandbox::try_forbidden("vcpu");
         loop {
             match self.next_order() {
                 Order::Run => {
