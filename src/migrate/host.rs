@@ -142,11 +142,11 @@ impl HostOptions {
             "--serial".into(),
             serial,
         ];
-        if !self.sandbox {
-            argv.push("--no-sandbox".into());
-        }
         if let Some(pages) = self.ram_pages {
             argv.extend(["--hugepages".into(), pages.to_string().into()]);
+        }
+        if !self.sandbox {
+            argv.push("--no-sandbox".into());
         }
         // Our standard output may be the stream.
         let io = if self.serial == "stdio" { Io::ApartWithOutput } else { Io::Apart };
