@@ -13,6 +13,8 @@ use crate::memory::RamPages;
 use crate::migrate::dest;
 use crate::migrate::host::HostOptions;
 use crate::migrate::options::{Arrived, ReceiveOptions};
+use crate::migrate::outcome::{Ending, MigrateError, Side};
+use crate::sys::spawn::Program;
 use crate::transport::{Address, needs_insecure};
 use crate::vmm::SerialBackend;
 
@@ -213,12 +215,6 @@ pub fn main() -> ExitCode {
             return Exit::Failed.into();
         }
     };
-    if !args.sandbox.no_sandbox
-        && let Err(e) = confine::receiver(&args.control, args.listen.as_ref(), options.host.program())
-    {
-        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
-        return Exit::Failed.into();
-    }
     let stop = Arc::new(AtomicUsize::new(0));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         if let Err(error) = signal_hook::flag::register_usize(signal, stop.clone(), signal as usize) {
@@ -228,8 +224,9 @@ pub fn main() -> ExitCode {
     }
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let result = match args.resume {
-        true => dest::resume(&options, args.listen.clone(), &stop, &mut display),
-        false => dest::receive(&options, &stop, &mut display),
+        true => take_over(&args, &options, &stop, &mut display),
+        false => confine(&args, &options.listen, options.host.program())
+            .and_then(|()| dest::receive(&options, &stop, &mut display)),
     };
     let exit = match result {
         Ok(arrived) => {
@@ -239,6 +236,28 @@ pub fn main() -> ExitCode {
         Err(error) => display.failed(&error),
     };
     exit.into()
+}
+
+/// Where to listen may be known only once the guest was taken over.
+fn take_over(
+    args: &Args,
+    options: &ReceiveOptions,
+    stop: &AtomicUsize,
+    display: &mut Display,
+) -> Result<Arrived, MigrateError> {
+    let takeover = dest::Takeover::from_vmrun(options, args.listen.clone())?;
+    confine(args, takeover.listen(), None)?;
+    takeover.resume(stop, display)
+}
+
+fn confine(args: &Args, listen: &Address, vmrun: Option<Program>) -> Result<(), MigrateError> {
+    if args.sandbox.no_sandbox {
+        return Ok(());
+    }
+    confine::receiver(&args.control, listen, vmrun).map_err(|e| {
+        let what = format!("the sandbox cannot be entered: {e} (--no-sandbox does without)");
+        MigrateError::new(Ending::Failed, Side::Destination, what)
+    })
 }
 
 fn arrived_text(a: &Arrived) -> String {
