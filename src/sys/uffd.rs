@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::libc;
 use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 /// Bytes of a page, the unit of every fault.
@@ -16,8 +17,21 @@ const PAGE_BYTES: u64 = 4096;
 const MISSING_HUGETLBFS: u64 = 1 << 4;
 /// UFFD_FEATURE_MINOR_HUGETLBFS, which the crate does not name.
 const MINOR_HUGETLBFS: u64 = 1 << 9;
+/// UFFD_USER_MODE_ONLY.
+const USER_MODE_ONLY: i32 = 1;
+/// What a process has to say first of all to a new userfaultfd.
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
 /// Faults that are read at once.
 const BATCH: usize = 64;
+
+/// `struct uffdio_api` of linux/userfaultfd.h.
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
 
 /// A userfaultfd, or a duplicate of one.
 #[derive(Debug)]
@@ -36,24 +50,39 @@ impl FaultFd {
     /// A new one for this process's memory. KVM's faults are kernel-mode faults, so it is not
     /// restricted to user mode: that takes /dev/userfaultfd or CAP_SYS_PTRACE.
     pub fn new() -> io::Result<Self> {
-        Self::make(false, FeatureFlags::empty())
+        Self::make(FeatureFlags::empty())
     }
 
     /// The same for memory of huge pages (hugetlb), from Linux 5.13 on.
     pub fn for_huge_pages() -> io::Result<Self> {
-        Self::make(false, FeatureFlags::from_bits_retain(MISSING_HUGETLBFS | MINOR_HUGETLBFS))
+        Self::make(FeatureFlags::from_bits_retain(MISSING_HUGETLBFS | MINOR_HUGETLBFS))
     }
 
-    /// For huge pages of ours that are only asked after: nobody serves faults.
+    /// For huge pages of ours that are only asked after: nobody serves faults, and the kernel's are
+    /// none. By the system call, which everybody may make for that, also in the sandbox; the crate
+    /// would want /dev/userfaultfd where there is one.
     pub(super) fn for_own_huge_pages() -> io::Result<Self> {
-        Self::make(true, FeatureFlags::from_bits_retain(MINOR_HUGETLBFS))
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+        // SAFETY: it takes nothing but flags, and makes a descriptor.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, and nobody else's.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let mut api = Api { api: UFFD_API, features: MINOR_HUGETLBFS, ioctls: 0 };
+        // SAFETY: UFFDIO_API reads and writes one `struct uffdio_api`, which is ours alone.
+        if unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self::from_fd(fd))
     }
 
-    fn make(user_mode_only: bool, features: FeatureFlags) -> io::Result<Self> {
+    fn make(features: FeatureFlags) -> io::Result<Self> {
         UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
-            .user_mode_only(user_mode_only)
+            .user_mode_only(false)
             .require_features(features)
             .create()
             .map(Self)

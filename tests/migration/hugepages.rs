@@ -169,7 +169,10 @@ fn the_receiver_is_killed_while_huge_pages_follow() {
 fn huge_pages_follow_there_and_back() {
     let Some(_pool) = kvm().then(|| Pool::with(64)).flatten() else { return };
     let mut pair = Pair::of("2M", "");
-    pair.in_postcopy().end().expect(0, &[]);
+    let end = pair.in_postcopy().end();
+    // Holes stay out of it.
+    let pages = end.expect(0, &[]).result()["postcopy_pages"].as_u64().unwrap();
+    assert!(pages < (64 << 20) / 4096, "{pages} pages were owed");
     pair.check_moved();
     let Pair { a, b, scene, .. } = pair;
     // Out of the way of the guest's next stay there.

@@ -234,7 +234,7 @@ impl Pager {
         }
     }
 
-    /// Marks pages that were placed, all of one granule or of several that are no larger than a page.
+    /// Marks pages that were placed: of one huge page, or small ones.
     pub(super) fn mark(&self, run: PageRun) -> Marked {
         let mut marked = Marked::default();
         let mut wanted = self.wanted();
@@ -338,7 +338,8 @@ impl Pager {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many pages (huge ones where the RAM is made of them) somebody waits for now, and how long the first of them has been waited for.
+    /// How many pages (huge ones where the RAM is made of them) somebody waits for now, and how long the
+    /// first of them has been waited for.
     pub fn waits(&self) -> (u64, Duration) {
         let wanted = self.wanted();
         let longest = wanted.waits().map(|(_, since)| since.elapsed()).max();
