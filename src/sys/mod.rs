@@ -8,5 +8,6 @@ pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
+pub mod tap;
 pub mod uffd;
 pub mod view;

@@ -17,6 +17,7 @@ mod preflight;
 mod saved;
 pub mod service;
 mod vcpu;
+pub mod virtio;
 mod x86;
 
 pub use boot::KernelSource;
