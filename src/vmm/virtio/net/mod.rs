@@ -1,7 +1,18 @@
 //! The network card: virtio-net (virtio 1.2, 5.1) on a tap.
 
-pub mod announce;
+mod announce;
+mod control;
+mod receive;
 mod spec;
-pub mod tap;
+mod tap;
+mod transmit;
 
+pub use announce::{SeenAddresses, gratuitous_arp, rarp, unsolicited_advertisement};
+pub use control::{Commands, commands};
+pub use receive::{Delivery, deliver};
 pub use spec::{MacAddress, NetSpec, NoNetSpec, TapSpec};
+pub use tap::{MAX_FRAME_BYTES, Tap, TapError};
+pub use transmit::{Transmitted, transmit};
+
+#[cfg(test)]
+mod queue_tests;

@@ -126,6 +126,8 @@ fn offloads(features: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt};
+
     use super::*;
 
     #[test]
@@ -152,5 +154,60 @@ mod tests {
             VIRTIO_NET_F_GUEST_ECN,
         ]);
         assert_eq!(offloads(all), TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN);
+    }
+
+    /// Runs `test` on a thread in a network namespace of its own, which ends with it; `false` where
+    /// that is not allowed.
+    fn in_a_namespace(test: impl FnOnce() + Send + 'static) -> bool {
+        let run = move || {
+            let alone = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
+            alone.map(|()| test()).is_ok()
+        };
+        std::thread::spawn(run).join().unwrap()
+    }
+
+    #[test]
+    fn frames_go_through_a_tap_that_only_one_program_has() {
+        let ran = in_a_namespace(|| {
+            let tap = Tap::open(&"new:vmtest0".parse().unwrap()).unwrap();
+            let error = Tap::open(&"vmtest0".parse().unwrap()).err().unwrap().to_string();
+            assert_eq!(error, "tap vmtest0: another program is attached to it");
+            tap.set_offloads(1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4).unwrap();
+
+            let wire = all_frames();
+            let announced = super::super::rarp("52:54:00:12:34:56".parse().unwrap());
+            tap.write_plain(&announced).unwrap();
+            let mut seen = vec![0; 2000];
+            while seen[..announced.len()] != announced[..] {
+                let bytes = (&wire).read(&mut seen).expect("the frame does not come");
+                assert!(bytes > 0);
+            }
+            // And from the host to the guest, behind a header.
+            let host = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            setsockopt(&host, sockopt::BindToDevice, &"vmtest0".into()).unwrap();
+            host.set_broadcast(true).unwrap();
+            host.send_to(b"for the guest", "255.255.255.255:9").unwrap();
+            let mut frame = vec![0; MAX_FRAME_BYTES];
+            let mut frames =
+                std::iter::from_fn(|| tap.read(&mut frame).unwrap().map(|n| frame[..n].to_vec()));
+            let found =
+                frames.find(|f| f.ends_with(b"for the guest")).expect("the frame is in the tap's queue");
+            assert_eq!(found[VNET_HEADER_BYTES..][..6], [0xff; 6]);
+
+            drop(tap);
+            assert!(!tap::exists("vmtest0"), "a tap that was made goes with its program");
+        });
+        if !ran {
+            assert!(std::env::var_os("REQUIRE_KVM").is_none(), "no network namespace can be made");
+            eprintln!("skipped: no network namespace can be made");
+        }
+    }
+
+    /// A socket on all frames of the namespace (packet(7)); reads end after 10 s.
+    fn all_frames() -> File {
+        let (family, kind) = (AddressFamily::Packet, SockType::Raw);
+        let all = socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).unwrap();
+        setsockopt(&all, sockopt::ReceiveTimeout, &nix::sys::time::TimeVal::new(10, 0)).unwrap();
+        all.into()
     }
 }

@@ -3,6 +3,10 @@
 mod credit;
 mod muxer;
 mod packet;
+mod spec;
 mod stream;
 
-pub use muxer::Muxer;
+pub use muxer::{MAX_STREAMS, Muxer};
+pub use packet::{HEADER_BYTES, Header, Op, Ports};
+pub use spec::{NoVsockSpec, SocketPath, VsockSpec, guest_cid};
+pub use stream::Stream;
