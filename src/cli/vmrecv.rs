@@ -85,7 +85,8 @@ pub struct Args {
 
     /// Wait this long for a source that was lost after the guest began to run here
     ///
-    /// The guest runs meanwhile; only the closing comparison of page counts is waited for.
+    /// The guest runs meanwhile. What is waited for is the source's last word, that it has let its copy
+    /// go: until then `vmsend --resume` may come back for it.
     #[arg(
         long,
         value_name = "TIME",

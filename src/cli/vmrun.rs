@@ -12,8 +12,9 @@ use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
 use crate::vmm::service::{Ending, Service, ServiceError};
+use crate::vmm::virtio::HostEnd;
 use crate::vmm::{
-    GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
+    DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
 };
 
 const NAME: &str = "vmrun";
@@ -82,12 +83,16 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
 
+    /// Give the guest a source of random numbers (virtio-rng), with the id rng0
+    #[arg(long, requires = "kernel", help_heading = GUEST)]
+    pub rng: bool,
+
     /// Do not start the guest before `vmctl SOCK resume`
     #[arg(long, requires = "control", help_heading = GUEST)]
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "rng", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -115,6 +120,8 @@ pub struct Args {
 }
 
 const GUEST: &str = "Guest";
+/// The id of the source of random numbers.
+const RNG_ID: &str = "rng0";
 
 const LONG_ABOUT: &str = "\
 Boot one microVM on KVM, or wait for one to come, and host it.
@@ -185,6 +192,11 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
             initrd: args.initrd,
             cmdline: args.cmdline,
             serial: args.serial,
+            devices: args
+                .rng
+                .then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng })
+                .into_iter()
+                .collect(),
         };
         service.boot(&config, args.paused)?;
     }

@@ -337,48 +337,6 @@ impl<'m, 'a> Handover<'m, 'a> {
         }
     }
 
-    /// The destination runs: both sides compare their counts, and the source lets go.
-    fn take_leave(&mut self) -> Result<Summary, MigrateError> {
-        let m = &mut *self.migration;
-        m.phase = "done";
-        let (pages, zero_pages) = m.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
-        m.say(&Message::Done(wire::Done { pages, zero_pages, digest: m.digest.clone(), latency: None }));
-        let theirs = self.await_done();
-        let m = &mut *self.migration;
-        if let Some(theirs) = theirs
-            && m.bulk.is_some()
-            && !m.hello.resume
-            && (theirs.pages, theirs.zero_pages) != (pages, zero_pages)
-        {
-            m.observer.note(&format!(
-                "the counts differ: {pages} + {zero_pages} pages were sent, {} + {} placed",
-                theirs.pages, theirs.zero_pages
-            ));
-        }
-        let summary = m.summary();
-        if let Err(error) = m.vm.client.release(m.attempt, m.options.keep_source) {
-            m.observer.note(&format!("the source vmrun was not released: {error}"));
-        }
-        if let Some(bulk) = &m.bulk {
-            bulk.queue.stop();
-        }
-        self.close_link();
-        Ok(summary)
-    }
-
-    /// The receiver's DONE, if it comes: the guest runs there whether or not it does.
-    fn await_done(&mut self) -> Option<wire::Done> {
-        let until = Instant::now() + self.migration.options.peer_timeout;
-        while Instant::now() < until {
-            match self.migration.inbox.recv_timeout(TICK) {
-                Ok(Event::Main(_, Message::Done(done))) => return Some(done),
-                Ok(Event::Lost(..)) => return None,
-                _ => {}
-            }
-        }
-        None
-    }
-
     pub(super) fn close_link(&mut self) {
         if let Some(link) = self.migration.link.take() {
             link.close();

@@ -15,11 +15,12 @@ use crate::sys::memfd;
 use super::outcome::{Ending, MigrateError, Side};
 use super::ram::Ram;
 
-/// How long a `vmrun` may take until its control socket answers.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a `vmrun` that lives may take until its control socket answers: it probes KVM first,
+/// which waits like making a machine does.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long making a machine may take. On a host whose CPUs are all busy with guests, KVM waits for
-/// each of them several times while it makes a VM: seconds have been seen.
+/// each of them several times while it makes a VM: over ten seconds have been seen.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Which `vmrun` takes the guest.

@@ -11,6 +11,7 @@ pub mod dest;
 pub mod handover;
 pub mod host;
 pub mod intake;
+mod leave;
 pub mod link;
 pub mod options;
 pub mod outcome;

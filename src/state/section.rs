@@ -36,6 +36,8 @@ pub enum SectionKind {
     Clock = 4,
     /// A 16550 serial port.
     Serial = 16,
+    /// A virtio source of random numbers; `instance` is its slot, as for all virtio devices.
+    VirtioRng = 36,
 }
 
 impl SectionKind {
@@ -46,6 +48,7 @@ impl SectionKind {
             3 => Self::Pit,
             4 => Self::Clock,
             16 => Self::Serial,
+            36 => Self::VirtioRng,
             _ => return None,
         })
     }
@@ -59,6 +62,7 @@ impl fmt::Display for SectionKind {
             Self::Pit => "pit",
             Self::Clock => "clock",
             Self::Serial => "serial",
+            Self::VirtioRng => "virtio-rng",
         })
     }
 }

@@ -109,12 +109,14 @@ frame_types! {
     Received = 66 "RECEIVED",
     /// Either way, before READY: this attempt is over.
     Abort = 48 "ABORT",
-    /// Either way, last: the counts that both must agree on.
+    /// Either way: the counts that both must agree on.
     Done = 49 "DONE",
     /// Either way: a sign of life.
     Ping = 50 "PING",
     /// Either way: the answer to PING.
     Pong = 51 "PONG",
+    /// S→D, last: the source has let its copy go.
+    Released = 52 "RELEASED",
 }
 
 /// Numbers that are set aside for postcopy (docs/protocol.md), and refused by name until then.

@@ -37,7 +37,11 @@ pub fn max_payload(kind: FrameType) -> u32 {
         FrameType::Missing | FrameType::Received => 8 + 8 * MAX_BITMAP_WORDS as u32,
         FrameType::PageRequest => 8 * MAX_REQUESTED_PAGES as u32,
         FrameType::Ping | FrameType::Pong => 8,
-        FrameType::Accepted | FrameType::Run | FrameType::Revoke | FrameType::Revoked => 0,
+        FrameType::Accepted
+        | FrameType::Run
+        | FrameType::Revoke
+        | FrameType::Revoked
+        | FrameType::Released => 0,
         FrameType::Hello
         | FrameType::HelloAck
         | FrameType::Refused

@@ -64,8 +64,10 @@ pub enum Message {
     Revoked,
     /// Either way, while nothing is committed: this attempt is over.
     Abort(Abort),
-    /// Either way, last: the counts that both must agree on.
+    /// Either way: the counts that both must agree on.
     Done(Done),
+    /// S→D, last: the source has let its copy go, nobody comes back for it.
+    Released,
     /// Either way: a sign of life.
     Ping {
         /// Anything; PONG gives it back.
@@ -166,6 +168,7 @@ impl Message {
             Self::Revoked => FrameType::Revoked,
             Self::Abort(_) => FrameType::Abort,
             Self::Done(_) => FrameType::Done,
+            Self::Released => FrameType::Released,
             Self::Ping { .. } => FrameType::Ping,
             Self::Pong { .. } => FrameType::Pong,
         }
@@ -175,7 +178,7 @@ impl Message {
     pub fn encode(&self) -> Result<Vec<u8>, MessageError> {
         let kind = self.kind();
         let payload = match self {
-            Self::Accepted | Self::Run | Self::Revoke | Self::Revoked => Vec::new(),
+            Self::Accepted | Self::Run | Self::Revoke | Self::Revoked | Self::Released => Vec::new(),
             Self::Ping { nonce } | Self::Pong { nonce } => nonce.to_le_bytes().to_vec(),
             Self::State(bytes) => bytes.clone(),
             Self::Machine(body) => body.0.clone(),
@@ -225,6 +228,7 @@ impl Message {
             FrameType::Revoked => empty(kind, p, Self::Revoked)?,
             FrameType::Abort => Self::Abort(parse(kind, p)?),
             FrameType::Done => Self::Done(parse(kind, p)?),
+            FrameType::Released => empty(kind, p, Self::Released)?,
             FrameType::Ping => Self::Ping { nonce: nonce(kind, p)? },
             FrameType::Pong => Self::Pong { nonce: nonce(kind, p)? },
             FrameType::Pages => {

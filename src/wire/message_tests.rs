@@ -67,6 +67,7 @@ fn all() -> Vec<Message> {
         Message::Revoked,
         Message::Abort(Abort { side: Side::Destination, reason: "serial".into() }),
         Message::Done(Done { pages: u64::MAX, zero_pages: 1, digest, latency: None }),
+        Message::Released,
         Message::Ping { nonce: 1 << 40 },
         Message::Pong { nonce: 2 },
     ]

@@ -379,6 +379,35 @@ fn done_is_lost() {
     }
 }
 
+// Both have counted, and A still holds its copy: vmrecv waits for whoever comes back for it.
+#[test]
+fn the_sender_dies_before_it_releases_its_guest() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    let done = pair.link.hold(Way::ToSource, FrameType::Done);
+    let mut send = pair.send();
+    let done = done.caught();
+    send.crash();
+    drop(done);
+    pair.a.await_status("the dead vmsend is gone", |s| !s.mover_attached);
+    assert!(pair.a.is_committed());
+    pair.scene.resume(&pair.a, &[]).end().expect(0, &[]);
+    pair.check_moved();
+}
+
+#[test]
+fn released_is_lost() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::with(&["--linger", "1s"]);
+    pair.link.cut_at(Way::ToDest, FrameType::Released);
+    pair.send().end().expect(0, &[]);
+    pair.check_moved();
+}
+
 #[test]
 fn the_receiver_dies_after_run() {
     if !kvm() {

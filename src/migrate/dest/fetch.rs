@@ -145,14 +145,9 @@ impl Arrival<'_> {
         }
         pager.stop();
         self.host.client.postcopy_done(session.attempt).map_err(failed)?;
-        let before = session.machine().map(Placer::counts).unwrap_or_default();
-        let after = pager.counts();
-        let done = wire::Done {
-            pages: before.0 + after.0,
-            zero_pages: before.1 + after.1,
-            digest: None,
-            latency: Some(serde_json::to_value(pager.latency()).unwrap_or_default()),
-        };
+        let (pages, zero_pages) = session.counts();
+        let latency = Some(serde_json::to_value(pager.latency()).unwrap_or_default());
+        let done = wire::Done { pages, zero_pages, digest: None, latency };
         self.say(&Message::Done(done))
     }
 }

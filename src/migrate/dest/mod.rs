@@ -203,6 +203,13 @@ impl Session {
         self.pager.as_ref().map_or(0, |p| p.missing_pages())
     }
 
+    /// Pages with data and zero pages that have come, before the guest and after it.
+    fn counts(&self) -> (u64, u64) {
+        let before = self.machine().map(Placer::counts).unwrap_or_default();
+        let after = self.pager.as_ref().map(|p| p.counts()).unwrap_or_default();
+        (before.0 + after.0, before.1 + after.1)
+    }
+
     fn machine(&self) -> Option<&Placer> {
         self.placer.get().and_then(Option::as_ref)
     }
@@ -297,8 +304,12 @@ impl<'a> Arrival<'a> {
                 self.observer.note(&abort.to_string());
                 self.input(DestInput::Abort).map(|()| None)
             }
-            Message::Done(done) if self.step == DestStep::Running && !self.is_fetching() => {
-                Ok(Some(self.finish(Some(&done))))
+            Message::Done(_) if self.step == DestStep::Running && !self.is_fetching() => {
+                self.compare().map(|()| None)
+            }
+            // Before this the source's vmrun still holds its copy, and somebody may come back for it.
+            Message::Released if self.step == DestStep::Running && !self.is_fetching() => {
+                Ok(Some(self.part()))
             }
             other => {
                 self.fail(format!("{} does not belong here", other.kind()))?;

@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::migrate::outcome::{Ending, MigrateError, Side, ms};
-use crate::migrate::placer::Placer;
 use crate::migrate::pump::Brought;
 use crate::migrate::wires::FAREWELL;
 use crate::switchover::{DestAction, DestInput, DestStep};
@@ -88,7 +87,7 @@ impl Arrival<'_> {
             let fetching = self.session.as_ref().map_or(0, Session::fetching);
             if self.step == DestStep::Running && fetching == 0 && away > self.options.linger {
                 self.observer.note("the source did not come back to take leave; the guest runs here");
-                return Ok(Some(self.finish(None)));
+                return Ok(Some(self.finish()));
             }
             if !self.options.listen.takes_many() && self.step == DestStep::InDoubt {
                 let what = "the connection is lost and cannot come again; vmrun holds the guest for the source's word";
@@ -223,39 +222,38 @@ impl Arrival<'_> {
         }
     }
 
+    /// The source is done, and says what it has sent: it hears what has come.
+    pub(super) fn compare(&mut self) -> Result<(), MigrateError> {
+        let Some(session) = &self.session else { return Ok(()) };
+        let (pages, zero_pages) = session.counts();
+        let digest = session.digest.clone();
+        self.say(&Message::Done(wire::Done { pages, zero_pages, digest, latency: None }))
+    }
+
+    /// The source has let its copy go: the connection ends.
+    pub(super) fn part(&mut self) -> Arrived {
+        if let Some(main) = self.session.as_ref().and_then(|s| s.main.as_ref()) {
+            main.end();
+            self.await_farewell();
+        }
+        self.finish()
+    }
+
     /// The guest is here for good.
-    pub(super) fn finish(&mut self, done: Option<&wire::Done>) -> Arrived {
+    pub(super) fn finish(&mut self) -> Arrived {
         let session = self.session.take();
-        let before = session.as_ref().and_then(Session::machine).map(Placer::counts).unwrap_or_default();
-        let pager = session.as_ref().and_then(|s| s.pager.as_ref());
-        let after = pager.map(|p| p.counts()).unwrap_or_default();
-        let counts = (before.0 + after.0, before.1 + after.1);
-        let latency = pager.map(|p| p.latency());
-        if let Some(session) = &session {
-            if done.is_some()
-                && let Some(main) = &session.main
-            {
-                let ours = wire::Done {
-                    pages: counts.0,
-                    zero_pages: counts.1,
-                    digest: session.digest.clone(),
-                    latency: None,
-                };
-                let _ = main.send(&Message::Done(ours));
-                main.end();
-                self.await_farewell();
-            }
-            for sender in session.bulk.values() {
-                sender.close();
-            }
+        let (data_pages, zero_pages) = session.as_ref().map(Session::counts).unwrap_or_default();
+        let latency = session.as_ref().and_then(|s| s.pager.as_ref()).map(|p| p.latency());
+        for sender in session.iter().flat_map(|s| s.bulk.values()) {
+            sender.close();
         }
         Arrived {
             session: session.as_ref().map(|s| s.attempt.session.to_string()).unwrap_or_default(),
             name: session.as_ref().map(|s| s.hello.vm_name.clone()).unwrap_or_default(),
             control: self.options.host.control.clone(),
             total_ms: ms(self.started.elapsed()),
-            data_pages: counts.0,
-            zero_pages: counts.1,
+            data_pages,
+            zero_pages,
             latency,
             digest: session.and_then(|s| s.digest),
         }
