@@ -15,6 +15,7 @@ use crate::migrate::options::{Arrived, ReceiveOptions};
 use crate::transport::{Address, needs_insecure};
 use crate::vmm::SerialBackend;
 
+use super::confine::{self, SandboxArgs};
 use super::exit::{self, Exit};
 use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
 use super::log;
@@ -66,7 +67,8 @@ pub struct Args {
 
     /// Replace the host end of a device, as in serial0=file:/var/log/guest
     ///
-    /// May be given more than once. `vmctl SOCK machine` at the source tells the devices.
+    /// May be given more than once; for a network card it is the name of a tap here, as in
+    /// net0=tap3. `vmctl SOCK machine` at the source tells the devices.
     #[arg(long, value_name = "ID=VALUE", value_parser = remap)]
     pub remap: Vec<Remap>,
 
@@ -95,6 +97,10 @@ pub struct Args {
         help_heading = CONNECTION
     )]
     pub linger: Duration,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sandbox: SandboxArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -157,19 +163,24 @@ fn remap(text: &str) -> Result<Remap, String> {
 }
 
 impl Args {
-    fn options(&self) -> ReceiveOptions {
-        ReceiveOptions {
+    fn options(&self) -> std::io::Result<ReceiveOptions> {
+        let vmrun = match &self.vmrun {
+            Some(path) => path.clone(),
+            None => std::env::current_exe()?.with_file_name("vmrun"),
+        };
+        Ok(ReceiveOptions {
             listen: self.listen.clone().unwrap_or(Address::Stdio),
             peer_timeout: self.peer.peer_timeout,
             linger: self.linger,
             host: HostOptions {
                 control: self.control.clone(),
                 attach: self.attach || self.resume,
-                vmrun: self.vmrun.clone(),
+                vmrun,
+                sandbox: !self.sandbox.no_sandbox,
                 serial: self.serial.to_string(),
                 remap: self.remap.clone(),
             },
-        }
+        })
     }
 }
 
@@ -186,6 +197,19 @@ pub fn main() -> ExitCode {
         complain(NAME, "the stream has standard output: neither --json nor --serial stdio goes with it");
         return Exit::Usage.into();
     }
+    let options = match args.options() {
+        Ok(options) => options,
+        Err(error) => {
+            complain(NAME, format_args!("cannot tell where this program is: {error}"));
+            return Exit::Failed.into();
+        }
+    };
+    if !args.sandbox.no_sandbox
+        && let Err(e) = confine::receiver(&args.control, args.listen.as_ref(), options.host.program())
+    {
+        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
+        return Exit::Failed.into();
+    }
     let stop = Arc::new(AtomicUsize::new(0));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         if let Err(error) = signal_hook::flag::register_usize(signal, stop.clone(), signal as usize) {
@@ -195,8 +219,8 @@ pub fn main() -> ExitCode {
     }
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let result = match args.resume {
-        true => dest::resume(&args.options(), args.listen.clone(), &stop, &mut display),
-        false => dest::receive(&args.options(), &stop, &mut display),
+        true => dest::resume(&options, args.listen.clone(), &stop, &mut display),
+        false => dest::receive(&options, &stop, &mut display),
     };
     let exit = match result {
         Ok(arrived) => {

@@ -1,8 +1,12 @@
 //! The saved state of virtio devices: the transport's part, which all have, and each kind's own.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The version of [`VirtioState`] with [`VirtioNetState`] that is written.
+pub const VIRTIO_NET_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioRngState`] that is written.
 pub const VIRTIO_RNG_VERSION: u32 = 1;
 
@@ -56,6 +60,18 @@ pub struct VirtioQueueState {
     pub next_available: u16,
     /// The index in the used ring that is filled next.
     pub next_used: u16,
+}
+
+/// A network card. Its Ethernet address is in the machine's description.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioNetState {
+    /// IPv4 addresses that the guest was seen to use, the latest at the end.
+    pub seen_v4: Vec<Ipv4Addr>,
+    /// IPv6 addresses that the guest was seen to use, the latest at the end.
+    pub seen_v6: Vec<Ipv6Addr>,
+    /// The guest is asked to announce itself (VIRTIO_NET_S_ANNOUNCE), and has not yet.
+    pub announce: bool,
 }
 
 /// A source of random numbers has no state of its own.

@@ -8,6 +8,8 @@ pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
+pub mod sandbox;
+pub mod spawn;
 pub mod tap;
 pub mod uffd;
 pub mod view;

@@ -5,12 +5,21 @@ use std::fmt;
 
 use thiserror::Error;
 
+use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
 use super::rng::Rng;
 use super::{Device, Kind};
 
 /// The host's end of a device, as flags, `--remap` and machine descriptions name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEnd {
+    /// A tap, for a network card.
+    Net {
+        /// The interface.
+        tap: TapSpec,
+        /// The card's address in a machine that boots, a random one by default; a card that comes in
+        /// keeps its own.
+        mac: Option<MacAddress>,
+    },
     /// The kernel's random numbers.
     Rng,
 }
@@ -41,6 +50,7 @@ impl HostEnd {
     /// The kind of device that it is for.
     pub fn kind(&self) -> Kind {
         match self {
+            Self::Net { .. } => Kind::Net,
             Self::Rng => Kind::Rng,
         }
     }
@@ -49,6 +59,10 @@ impl HostEnd {
     pub fn parse(kind: Kind, text: &str) -> Result<Self, NoHostEnd> {
         let fail = |reason: &str| NoHostEnd { kind: kind.name(), text: text.into(), reason: reason.into() };
         match kind {
+            Kind::Net => match text.parse() {
+                Ok(tap) => Ok(Self::Net { tap, mac: None }),
+                Err(e) => Err(fail(&e.to_string())),
+            },
             Kind::Rng if text == "kernel" => Ok(Self::Rng),
             Kind::Rng => Err(fail("there is only \"kernel\"")),
         }
@@ -57,8 +71,19 @@ impl HostEnd {
     /// Opens it and makes the device, with nothing done yet. `properties` are those of the device
     /// that comes in, which it has to be like; `None` for a machine that boots.
     pub fn open(&self, properties: Option<&BTreeMap<String, String>>) -> Result<Box<dyn Device>, OpenError> {
-        let _ = properties;
         match self {
+            Self::Net { tap, mac } => {
+                let fail = |reason: String| OpenError { what: format!("tap {}", tap.name), reason };
+                let mac = match properties {
+                    None => mac.map_or_else(MacAddress::random, Ok).map_err(|e| fail(e.to_string()))?,
+                    Some(all) => {
+                        let text = all.get(MAC_PROPERTY).map_or("", |text| text);
+                        text.parse().map_err(|e| fail(format!("{e}")))?
+                    }
+                };
+                let tap = Tap::open(tap).map_err(|e| fail(e.reason().to_owned()))?;
+                Ok(Box::new(Net::new(tap, mac)))
+            }
             Self::Rng => Ok(Box::new(Rng::new())),
         }
     }
@@ -67,6 +92,7 @@ impl HostEnd {
 impl fmt::Display for HostEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Net { tap, .. } => tap.fmt(f),
             Self::Rng => f.write_str("kernel"),
         }
     }

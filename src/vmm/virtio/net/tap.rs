@@ -30,6 +30,11 @@ impl TapError {
         Self { tap: spec.name.clone(), reason: reason.into() }
     }
 
+    /// What failed, without the name of the tap.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
     fn of_attach(spec: &TapSpec, error: &io::Error) -> Self {
         let reason = match error.raw_os_error() {
             Some(libc::EBUSY) => "another program is attached to it".into(),
@@ -126,8 +131,9 @@ fn offloads(features: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt};
+    use nix::sys::socket::{setsockopt, sockopt};
 
+    use super::super::namespace::{all_frames, in_a_namespace};
     use super::*;
 
     #[test]
@@ -156,19 +162,9 @@ mod tests {
         assert_eq!(offloads(all), TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN);
     }
 
-    /// Runs `test` on a thread in a network namespace of its own, which ends with it; `false` where
-    /// that is not allowed.
-    fn in_a_namespace(test: impl FnOnce() + Send + 'static) -> bool {
-        let run = move || {
-            let alone = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
-            alone.map(|()| test()).is_ok()
-        };
-        std::thread::spawn(run).join().unwrap()
-    }
-
     #[test]
     fn frames_go_through_a_tap_that_only_one_program_has() {
-        let ran = in_a_namespace(|| {
+        in_a_namespace(|| {
             let tap = Tap::open(&"new:vmtest0".parse().unwrap()).unwrap();
             let error = Tap::open(&"vmtest0".parse().unwrap()).err().unwrap().to_string();
             assert_eq!(error, "tap vmtest0: another program is attached to it");
@@ -197,17 +193,5 @@ mod tests {
             drop(tap);
             assert!(!tap::exists("vmtest0"), "a tap that was made goes with its program");
         });
-        if !ran {
-            assert!(std::env::var_os("REQUIRE_KVM").is_none(), "no network namespace can be made");
-            eprintln!("skipped: no network namespace can be made");
-        }
-    }
-
-    /// A socket on all frames of the namespace (packet(7)); reads end after 10 s.
-    fn all_frames() -> File {
-        let (family, kind) = (AddressFamily::Packet, SockType::Raw);
-        let all = socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).unwrap();
-        setsockopt(&all, sockopt::ReceiveTimeout, &nix::sys::time::TimeVal::new(10, 0)).unwrap();
-        all.into()
     }
 }
