@@ -14,8 +14,10 @@ use super::output::{chain, complain};
 use super::units::Size;
 use crate::memory::RamPages;
 use crate::vmm::service::{Ending, Service, ServiceError};
+use crate::vmm::virtio::HostEnd;
+use crate::vmm::virtio::net::NetSpec;
 use crate::vmm::{
-    GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
+    DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
 };
 
 const NAME: &str = "vmrun";
@@ -92,12 +94,25 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
 
+    /// Give the guest a source of random numbers (virtio-rng), with the id rng0
+    #[arg(long, requires = "kernel", help_heading = GUEST)]
+    pub rng: bool,
+
+    /// Give the guest a network card (virtio-net) on a tap
+    ///
+    /// tap=NAME[,mac=MAC][,id=ID]. NAME is a tap of the host; new:NAME makes one, which goes with vmrun.
+    /// The address is random and the id net0, net1 and so on, unless they are given. May be given more
+    /// than once. When the guest moves, the destination needs a tap of the same name, or
+    /// `vmrecv --remap ID=NAME`.
+    #[arg(long, value_name = "tap=NAME", requires = "kernel", help_heading = GUEST)]
+    pub net: Vec<NetSpec>,
+
     /// Do not start the guest before `vmctl SOCK resume`
     #[arg(long, requires = "control", help_heading = GUEST)]
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "rng", "net", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -129,6 +144,8 @@ pub struct Args {
 }
 
 const GUEST: &str = "Guest";
+/// The id of the source of random numbers.
+const RNG_ID: &str = "rng0";
 
 const LONG_ABOUT: &str = "\
 Boot one microVM on KVM, or wait for one to come, and host it.
@@ -146,6 +163,7 @@ pub const MANUAL: Manual = Manual {
             "vmrun --kernel builtin:heartbeat --memory 512M --control /run/a.sock",
         ),
         ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
+        ("with a network card", "vmrun --kernel vmlinux --net tap=tap0 --control /run/a.sock"),
         ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
     ],
     exits: exit::VMRUN_CODES,
@@ -197,6 +215,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
     }
     let mut service = Service::open(args.control.as_deref(), local)?;
     if let Some(kernel) = args.kernel {
+        let devices = devices(args.rng, args.net);
         let config = MachineConfig {
             name: args.name,
             uuid: uuid()?,
@@ -207,10 +226,21 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
             initrd: args.initrd,
             cmdline: args.cmdline,
             serial: args.serial,
+            devices,
         };
         service.boot(&config, args.paused)?;
     }
     service.run()
+}
+
+/// The virtio devices, in the order of their slots.
+fn devices(rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig> {
+    let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
+    let card = |(number, card): (usize, NetSpec)| DeviceConfig {
+        id: card.id.unwrap_or_else(|| format!("net{number}")),
+        host: HostEnd::Net { tap: card.tap, mac: card.mac },
+    };
+    rng.into_iter().chain(cards.into_iter().enumerate().map(card)).collect()
 }
 
 /// A random uuid, from the kernel.
@@ -254,6 +284,11 @@ mod tests {
         assert!(parse("vmrun --incoming --control s --serial none").is_ok());
         assert!(parse("vmrun --kernel k --cpus 0").is_err());
         assert!(parse("vmrun --kernel k --paused").is_err());
+        assert!(parse("vmrun --kernel k --net tap0").is_err());
+        assert!(parse("vmrun --incoming --control s --net tap=a").is_err());
+        let args = parse("vmrun --kernel k --rng --net tap=a --net tap=b,id=lan --net tap=c").unwrap();
+        let ids: Vec<_> = devices(args.rng, args.net).into_iter().map(|d| d.id).collect();
+        assert_eq!(ids, ["rng0", "net0", "lan", "net2"]);
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(
             (args.kernel, args.memory),

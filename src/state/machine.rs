@@ -1,5 +1,7 @@
 //! What a machine is, as far as another host must know it before anything is sent.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::memory::{RamMap, RamPages};
@@ -69,4 +71,7 @@ pub struct DeviceDescription {
     pub version: u32,
     /// What it is backed by on the host (`stdio`, `file:PATH`, …), if anything.
     pub host: Option<String>,
+    /// What the guest can tell about it, by name: the same wherever it runs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub properties: BTreeMap<String, String>,
 }

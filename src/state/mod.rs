@@ -9,6 +9,7 @@ mod hex;
 mod machine;
 mod section;
 mod vcpu;
+mod virtio;
 
 pub use devices::{
     CLOCK_VERSION, ClockState, IRQCHIP_VERSION, IrqchipState, PIT_VERSION, PitState, SERIAL_VERSION,
@@ -18,3 +19,7 @@ pub use hex::HexBytes;
 pub use machine::{CpuidEntry, DeviceDescription, MachineDescription, Problem, TscFrequency};
 pub use section::{MAX_STATE_BYTES, Section, SectionError, SectionKind, read_sections, write_sections};
 pub use vcpu::{MsrValue, SpecialRegisters, VCPU_VERSION, VcpuState};
+pub use virtio::{
+    VIRTIO_NET_VERSION, VIRTIO_RNG_VERSION, VirtioNetState, VirtioQueueState, VirtioRngState, VirtioState,
+    VirtioTransportState,
+};

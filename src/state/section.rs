@@ -36,6 +36,10 @@ pub enum SectionKind {
     Clock = 4,
     /// A 16550 serial port.
     Serial = 16,
+    /// A virtio network card; `instance` is its slot, as for all virtio devices.
+    VirtioNet = 33,
+    /// A virtio source of random numbers.
+    VirtioRng = 36,
 }
 
 impl SectionKind {
@@ -46,6 +50,8 @@ impl SectionKind {
             3 => Self::Pit,
             4 => Self::Clock,
             16 => Self::Serial,
+            33 => Self::VirtioNet,
+            36 => Self::VirtioRng,
             _ => return None,
         })
     }
@@ -59,6 +65,8 @@ impl fmt::Display for SectionKind {
             Self::Pit => "pit",
             Self::Clock => "clock",
             Self::Serial => "serial",
+            Self::VirtioNet => "virtio-net",
+            Self::VirtioRng => "virtio-rng",
         })
     }
 }

@@ -2,25 +2,27 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_device_attr, kvm_sregs2,
-    kvm_userspace_memory_region, kvm_xsave,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_device_attr, kvm_ioeventfd,
+    kvm_ioeventfd_flag_nr_datamatch, kvm_sregs2, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
 const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 24);
 const _: () = assert!(size_of::<kvm_device_attr>() == 24);
+const _: () = assert!(size_of::<kvm_ioeventfd>() == 64);
 const _: () = assert!(size_of::<kvm_sregs2>() == 320);
 const _: () = assert!(size_of::<kvm_xsave>() == 4096);
 const _: () = assert!(size_of::<kvm_userspace_memory_region>() == 32);
 
 mod raw {
     #![allow(missing_docs)] // the kernel's ioctls, wrapped and described below
-    use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_sregs2, kvm_xsave};
+    use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_ioeventfd, kvm_sregs2, kvm_xsave};
     use nix::{ioctl_read, ioctl_readwrite, ioctl_write_ptr};
 
+    ioctl_write_ptr!(ioeventfd, KVMIO, 0x79, kvm_ioeventfd);
     ioctl_readwrite!(clear_dirty_log, KVMIO, 0xc0, kvm_clear_dirty_log);
     ioctl_read!(get_sregs2, KVMIO, 0xcc, kvm_sregs2);
     ioctl_write_ptr!(set_sregs2, KVMIO, 0xcd, kvm_sregs2);
@@ -132,5 +134,21 @@ pub fn set_xsave(vcpu: &VcpuFd, area: &[u8], expected: usize) -> io::Result<()> 
     // SAFETY: the kernel reads `expected` bytes, the length that was just checked, from an aligned
     // buffer.
     unsafe { raw::set_xsave(vcpu.as_raw_fd(), words.as_ptr().cast()) }?;
+    Ok(())
+}
+
+/// KVM_IOEVENTFD (KVM API 4.59): a guest's write of the 32 bits `value` to the address counts `event`
+/// up instead of leaving guest mode. KVM keeps a reference to the event.
+pub fn ioeventfd(vm: &VmFd, event: BorrowedFd<'_>, address: u64, value: u32) -> io::Result<()> {
+    let arg = kvm_ioeventfd {
+        datamatch: value.into(),
+        addr: address,
+        len: 4,
+        fd: event.as_raw_fd(),
+        flags: 1 << kvm_ioeventfd_flag_nr_datamatch,
+        ..Default::default()
+    };
+    // SAFETY: `vm` is a VM descriptor; the kernel reads a struct of this size.
+    unsafe { raw::ioeventfd(vm.as_raw_fd(), &arg) }?;
     Ok(())
 }

@@ -11,6 +11,7 @@ pub mod memfd;
 pub mod pod;
 pub mod sandbox;
 pub mod spawn;
+pub mod tap;
 pub mod uffd;
 pub mod view;
 pub mod window;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::virtio::HostEnd;
 use super::{KernelSource, SerialBackend};
 use crate::memory::RamPages;
 
@@ -27,6 +28,17 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What the serial port is connected to.
     pub serial: SerialBackend,
+    /// Its virtio devices, in the order of their slots.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// A virtio device of a machine to boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Its id, unique in the machine.
+    pub id: String,
+    /// What it is connected to; that also tells its kind.
+    pub host: HostEnd,
 }
 
 /// What a host decides about a machine that comes in.

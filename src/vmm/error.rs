@@ -38,6 +38,10 @@ pub enum VmmError {
     Boot(#[from] super::boot::BootError),
     #[error("serial port to {backend}: {source}")]
     Serial { backend: String, source: io::Error },
+    #[error("device {id}: {reason}")]
+    Device { id: String, reason: String },
+    #[error("{devices} virtio devices are asked for; there is room for {max}")]
+    TooManyDevices { devices: usize, max: usize },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the saved state is not acceptable: {0}")]

@@ -1,5 +1,6 @@
 //! One microVM: made, driven, saved, restored, ended.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,6 +18,7 @@ use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, SavedVcpu, VcpuGroup};
+use super::virtio::{Device, HostEnd, Kind, VirtioSlots};
 use super::x86::save::VcpuLayout;
 use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
@@ -80,7 +82,8 @@ impl Machine {
             return Err(VmmError::TooMuchRam { wanted: config.memory_bytes, available });
         }
         let ram = GuestRam::new(map, &config.name, config.ram_pages)?;
-        let description = describe(config, &ram, &host);
+        let devices = open_devices(config)?;
+        let description = describe(config, &ram, &host, &devices);
         let mut cmdline = config.cmdline.clone();
         if matches!(config.kernel, KernelSource::Builtin(_)) {
             // The built-in guests cannot count CPUs or measure time by themselves.
@@ -98,8 +101,16 @@ impl Machine {
             set_mtrr_default(fd);
         }
         registers::enter(&fds[0], &ram, &entry)?;
-        let machine =
-            Self::assemble(vm, fds, ram, description, &config.serial, notices, FaultPoint::default())?;
+        let machine = Self::assemble(
+            vm,
+            fds,
+            ram,
+            description,
+            &config.serial,
+            devices,
+            notices,
+            FaultPoint::default(),
+        )?;
         machine.parts.set_content(Content::Guest);
         Ok(machine)
     }
@@ -128,6 +139,8 @@ impl Machine {
                 SerialBackend::None
             }
         };
+        let mut description = desc.clone();
+        let devices = arriving_devices(&mut description, &local, &mut problems);
         if !problems.is_empty() {
             return Err(PrepareError::Refused(problems));
         }
@@ -137,21 +150,26 @@ impl Machine {
         for device in description.devices.iter_mut().filter(|d| d.id == SERIAL_ID) {
             device.host = Some(serial.to_string());
         }
-        Ok(Self::assemble(vm, fds, ram, description, &serial, notices, fault)?)
+        Ok(Self::assemble(vm, fds, ram, description, &serial, devices, notices, fault)?)
     }
 
+    #[allow(clippy::too_many_arguments)] // the parts of a machine
     fn assemble(
         vm: VmFd,
         fds: Vec<VcpuFd>,
         ram: GuestRam,
         description: MachineDescription,
         serial: &SerialBackend,
+        devices: Vec<(String, Box<dyn Device>)>,
         notices: NoticeSender,
         fault: FaultPoint,
     ) -> Result<Self, VmmError> {
         let vm = Arc::new(vm);
         let dirty = DirtyLog::new(&vm, ram.map().total_pages())?;
-        let bus = Arc::new(Bus { serial: SerialPort::new(Arc::clone(&vm), serial)? });
+        let bus = Arc::new(Bus {
+            serial: SerialPort::new(Arc::clone(&vm), serial)?,
+            virtio: VirtioSlots::new(&vm, &ram, devices)?,
+        });
         let relies_on = |name: &str| description.capabilities.iter().any(|c| c == name);
         let layout = Arc::new(VcpuLayout {
             msrs: description.msrs.clone(),
@@ -185,12 +203,13 @@ impl Machine {
     pub fn run(&self) -> Result<(), VmmError> {
         self.parts.want_guest()?;
         self.vcpus.run()?;
+        self.parts.bus.virtio.resume();
         self.parts.bus.serial.connect()
     }
 
-    /// Whether all vCPUs are parked.
+    /// Whether all vCPUs are parked and all devices at rest.
     pub fn is_paused(&self) -> bool {
-        self.vcpus.is_parked()
+        self.vcpus.is_parked() && self.parts.bus.virtio.are_still()
     }
 
     /// Asks the vCPUs to park, each with its last instruction completed. [`Notice::Paused`] follows
@@ -292,6 +311,7 @@ impl Machine {
     /// Ends all threads and closes everything. Waits for them for a second at most.
     pub fn stop(&self) {
         self.vcpus.stop();
+        self.parts.bus.virtio.stop();
         self.parts.bus.serial.close();
     }
 
@@ -355,13 +375,33 @@ fn set_mtrr_default(vcpu: &VcpuFd) {
     }
 }
 
-fn describe(config: &MachineConfig, ram: &GuestRam, host: &HostAbilities) -> MachineDescription {
+fn describe(
+    config: &MachineConfig,
+    ram: &GuestRam,
+    host: &HostAbilities,
+    opened: &[(String, Box<dyn Device>)],
+) -> MachineDescription {
     let device = |id: &str, kind: &str, version, host| DeviceDescription {
         id: id.into(),
         kind: kind.into(),
         version,
         host,
+        properties: BTreeMap::new(),
     };
+    let mut devices = vec![
+        device("irqchip0", "irqchip", IRQCHIP_VERSION, None),
+        device("pit0", "pit", PIT_VERSION, None),
+        device("clock0", "clock", CLOCK_VERSION, None),
+        device(SERIAL_ID, "serial", SERIAL_VERSION, Some(config.serial.to_string())),
+    ];
+    devices.extend(config.devices.iter().zip(opened).map(|(config, (_, opened))| {
+        let kind = opened.kind();
+        let host = Some(config.host.to_string());
+        DeviceDescription {
+            properties: opened.properties(),
+            ..device(&config.id, kind.name(), kind.version(), host)
+        }
+    }));
     MachineDescription {
         name: config.name.clone(),
         uuid: config.uuid.clone(),
@@ -373,24 +413,72 @@ fn describe(config: &MachineConfig, ram: &GuestRam, host: &HostAbilities) -> Mac
         capabilities: host.capabilities.clone(),
         tsc: TscFrequency { khz: host.tsc_khz },
         xsave_bytes: host.xsave_bytes,
-        devices: vec![
-            device("irqchip0", "irqchip", IRQCHIP_VERSION, None),
-            device("pit0", "pit", PIT_VERSION, None),
-            device("clock0", "clock", CLOCK_VERSION, None),
-            device(SERIAL_ID, "serial", SERIAL_VERSION, Some(config.serial.to_string())),
-        ],
+        devices,
     }
+}
+
+/// Opens what the devices of a machine to boot are connected to.
+fn open_devices(config: &MachineConfig) -> Result<Vec<Named>, VmmError> {
+    let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
+    let mut opened: Vec<(String, Box<dyn Device>)> = Vec::new();
+    for device in &config.devices {
+        let fail = |reason: String| VmmError::Device { id: device.id.clone(), reason };
+        if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
+            return Err(fail("another device has that id".into()));
+        }
+        opened.push((device.id.clone(), device.host.open(None).map_err(|e| fail(e.to_string()))?));
+    }
+    Ok(opened)
+}
+
+/// Opens what the virtio devices of a machine that comes in are connected to here, and says so in
+/// its description; adds everything that keeps this host from it to `problems`.
+fn arriving_devices(
+    description: &mut MachineDescription,
+    local: &LocalConfig,
+    problems: &mut Vec<Problem>,
+) -> Vec<(String, Box<dyn Device>)> {
+    let mut opened = Vec::new();
+    for device in &mut description.devices {
+        let Some(kind) = Kind::named(&device.kind) else { continue };
+        let mut say = |text: String| {
+            problems.push(Problem { topic: "device".into(), text: format!("device {}: {text}", device.id) });
+        };
+        let text = local.remaps.get(&device.id).or(device.host.as_ref()).cloned().unwrap_or_default();
+        let found = HostEnd::parse(kind, &text).map_err(|e| e.to_string());
+        match found.and_then(|end| Ok((end.open(Some(&device.properties)).map_err(|e| e.to_string())?, end)))
+        {
+            Err(reason) => say(reason),
+            Ok((ours, end)) => {
+                let here = ours.properties();
+                let names = device.properties.keys().chain(here.keys());
+                for name in names.collect::<std::collections::BTreeSet<_>>() {
+                    let (there, here) = (device.properties.get(name), here.get(name));
+                    if there != here {
+                        let show = |value: Option<&String>| value.map_or("none", |v| v).to_owned();
+                        say(format!("its {name} is {} at the source, {} here", show(there), show(here)));
+                    }
+                }
+                device.host = Some(end.to_string());
+                opened.push((device.id.clone(), ours));
+            }
+        }
+    }
+    opened
 }
 
 /// The rest of an export, on the thread of the vCPU that was read last.
 fn export(parts: &Parts, vcpus: Vec<SavedVcpu>) -> Result<Exported, VmmError> {
     let (vcpus, roots): (Vec<_>, Vec<_>) = vcpus.into_iter().unzip();
     let first_touched = first_touched(&parts.ram, &roots);
+    let save = |(_, slot): (u32, &super::virtio::Slot)| Ok((slot.kind(), slot.save()?));
+    let virtio = parts.bus.virtio.iter().map(save).collect::<Result<_, VmmError>>()?;
     let vm = VmParts {
         irqchip: irqchip::save(&parts.vm)?,
         pit: irqchip::save_pit(&parts.vm)?,
         clock: clock::save(&parts.vm)?,
         serial: parts.bus.serial.save(),
+        virtio,
     };
     let state = saved::write(vcpus, &vm)?;
     // Written while all of that was saved, as a rule. Once the guest runs elsewhere, this process may
@@ -416,13 +504,18 @@ type Import = (Vec<super::x86::restore::VcpuImage>, clock::TscRule);
 
 /// Checks the saved state and restores all but the vCPUs.
 fn import(parts: &Parts, state: &[u8], vcpus: u32, khz: u32, fault: &FaultPoint) -> Result<Import, VmmError> {
-    let state = saved::check(state, vcpus, &parts.layout)?;
+    let kinds: Vec<Kind> = parts.bus.virtio.iter().map(|(_, slot)| slot.kind()).collect();
+    let state = saved::check(state, vcpus, &parts.layout, &kinds)?;
     fault.at("serial")?;
     parts.bus.serial.restore(&state.serial)?;
     fault.at("irqchip")?;
     irqchip::restore(&parts.vm, &state.chips)?;
     fault.at("pit")?;
     irqchip::restore_pit(&parts.vm, &state.pit)?;
+    for ((_, slot), state) in parts.bus.virtio.iter().zip(state.virtio) {
+        fault.at(slot.id())?;
+        slot.restore(state)?;
+    }
     fault.at("clock")?;
     let here = clock::restore(&parts.vm, &state.clock)?;
     Ok((state.vcpus, clock::tsc_rule(&state.clock, &here, khz)))

@@ -18,10 +18,11 @@ mod preflight;
 mod saved;
 pub mod service;
 mod vcpu;
+pub mod virtio;
 mod x86;
 
 pub use boot::KernelSource;
-pub use config::{LocalConfig, MachineConfig};
+pub use config::{DeviceConfig, LocalConfig, MachineConfig};
 pub use devices::SerialBackend;
 pub use error::{PrepareError, VmmError};
 pub use host::{HostAbilities, open_kvm};

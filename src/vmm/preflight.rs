@@ -1,6 +1,7 @@
 //! Whether a host can take a machine: a pure comparison, run before anything is sent.
 
 use super::host::HostAbilities;
+use super::virtio::{Kind, MAX_DEVICES};
 use super::x86::{cpuid, features, msrs};
 use crate::memory::{Granule, RamPages};
 use crate::state::{
@@ -67,8 +68,8 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
         say("xsave", text);
     }
     for device in &desc.devices {
-        let known = DEVICE_KINDS.iter().find(|(kind, _)| *kind == device.kind);
-        match known {
+        let known = DEVICE_KINDS.iter().find(|(kind, _)| *kind == device.kind).map(|(_, newest)| *newest);
+        match known.or(Kind::named(&device.kind).map(Kind::version)) {
             None => say(
                 "device",
                 format!(
@@ -76,7 +77,7 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
                     device.id, device.kind
                 ),
             ),
-            Some((_, newest)) if device.version == 0 || device.version > *newest => say(
+            Some(newest) if device.version == 0 || device.version > newest => say(
                 "device",
                 format!(
                     "device {} writes version {}, the receiver reads up to {newest}",
@@ -85,6 +86,14 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
             ),
             Some(_) => {}
         }
+    }
+    let virtio = desc.devices.iter().filter(|d| Kind::named(&d.kind).is_some()).count();
+    if virtio > MAX_DEVICES {
+        say("device", format!("the machine has {virtio} virtio devices, there is room for {MAX_DEVICES}"));
+    }
+    let mut ids = std::collections::BTreeSet::new();
+    for device in desc.devices.iter().filter(|d| !ids.insert(&d.id)) {
+        say("device", format!("two devices have the id {}", device.id));
     }
     out
 }
@@ -156,6 +165,7 @@ mod tests {
                 kind: "serial".into(),
                 version: 1,
                 host: Some("none".into()),
+                properties: Default::default(),
             }],
         }
     }

@@ -5,12 +5,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::VmmError;
+use super::virtio::Kind;
 use super::x86::irqchip::{self, Chips};
 use super::x86::restore::{self, VcpuImage};
 use super::x86::save::VcpuLayout;
 use crate::state::{
     CLOCK_VERSION, ClockState, IRQCHIP_VERSION, IrqchipState, PIT_VERSION, PitState, SERIAL_VERSION, Section,
-    SectionKind, SerialState, VCPU_VERSION, VcpuState, read_sections, write_sections,
+    SectionKind, SerialState, VCPU_VERSION, VcpuState, VirtioState, read_sections, write_sections,
 };
 
 /// What a machine has besides its vCPUs.
@@ -19,6 +20,8 @@ pub struct VmParts {
     pub pit: PitState,
     pub clock: ClockState,
     pub serial: SerialState,
+    /// The virtio devices by slot.
+    pub virtio: Vec<(Kind, VirtioState)>,
 }
 
 /// A saved state that has been checked in full.
@@ -28,6 +31,8 @@ pub struct CheckedState {
     pub pit: kvm_bindings::kvm_pit_state2,
     pub clock: ClockState,
     pub serial: SerialState,
+    /// By slot.
+    pub virtio: Vec<VirtioState>,
 }
 
 /// Writes the saved state: the vCPUs' sections and those of the machine.
@@ -36,6 +41,10 @@ pub fn write(mut sections: Vec<Section>, parts: &VmParts) -> Result<Vec<u8>, Vmm
     sections.push(section(SectionKind::Pit, PIT_VERSION, &parts.pit)?);
     sections.push(section(SectionKind::Clock, CLOCK_VERSION, &parts.clock)?);
     sections.push(section(SectionKind::Serial, SERIAL_VERSION, &parts.serial)?);
+    for (slot, (kind, state)) in (0..).zip(&parts.virtio) {
+        let section = section(kind.section(), kind.version(), state)?;
+        sections.push(Section { instance: slot, ..section });
+    }
     Ok(write_sections(&sections))
 }
 
@@ -46,8 +55,13 @@ fn section<T: Serialize>(kind: SectionKind, version: u32, value: &T) -> Result<S
 }
 
 /// Reads and checks a saved state for a machine of `vcpus` vCPUs. Every section that the machine
-/// has must be there, once, and no other.
-pub fn check(bytes: &[u8], vcpus: u32, layout: &VcpuLayout) -> Result<CheckedState, VmmError> {
+/// has (`virtio` tells its virtio devices by slot) must be there, once, and no other.
+pub fn check(
+    bytes: &[u8],
+    vcpus: u32,
+    layout: &VcpuLayout,
+    virtio: &[Kind],
+) -> Result<CheckedState, VmmError> {
     let mut rest = read_sections(bytes)?;
     let mut images = Vec::new();
     for number in 0..vcpus {
@@ -56,12 +70,15 @@ pub fn check(bytes: &[u8], vcpus: u32, layout: &VcpuLayout) -> Result<CheckedSta
     }
     let irqchip: IrqchipState = take(&mut rest, SectionKind::Irqchip, 0, IRQCHIP_VERSION)?;
     let pit: PitState = take(&mut rest, SectionKind::Pit, 0, PIT_VERSION)?;
+    let device = |(slot, kind): (u32, &Kind)| take(&mut rest, kind.section(), slot, kind.version());
+    let virtio = (0..).zip(virtio).map(device).collect::<Result<_, _>>()?;
     let state = CheckedState {
         vcpus: images,
         chips: irqchip::parse(&irqchip)?,
         pit: irqchip::parse_pit(&pit)?,
         clock: take(&mut rest, SectionKind::Clock, 0, CLOCK_VERSION)?,
         serial: take(&mut rest, SectionKind::Serial, 0, SERIAL_VERSION)?,
+        virtio,
     };
     match rest.first() {
         Some(extra) => Err(VmmError::ExtraSection(format!("{} {}", extra.kind, extra.instance))),

@@ -13,6 +13,7 @@
 
 use super::{COM1_PORTS, SerialPort};
 use crate::vmm::GuestExit;
+use crate::vmm::virtio::VirtioSlots;
 
 const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
@@ -27,6 +28,8 @@ const PM1A_SLEEP_ENABLE: u16 = 1 << 13;
 pub struct Bus {
     /// COM1.
     pub serial: SerialPort,
+    /// What is reached by memory.
+    pub virtio: VirtioSlots,
 }
 
 impl Bus {

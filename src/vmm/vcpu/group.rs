@@ -83,14 +83,22 @@ impl Common {
         let mut parking = self.parking();
         parking.running -= 1;
         if parking.running == 0 && std::mem::take(&mut parking.pause_wanted) {
-            self.notices.send(Notice::Paused);
+            drop(parking);
+            self.pause_devices();
         }
+    }
+
+    /// No vCPU is in guest mode: the devices come to rest, and then the machine is paused.
+    fn pause_devices(&self) {
+        let notices = self.notices.clone();
+        self.bus.virtio.pause(move || notices.send(Notice::Paused));
     }
 
     /// The guest has ended: said once, and no vCPU enters guest mode again.
     pub fn end(&self, exit: GuestExit) {
         if !std::mem::replace(&mut self.parking().ended, true) {
             self.bus.serial.disconnect();
+            self.bus.virtio.pause(|| ());
             self.slots.iter().for_each(|slot| slot.tell(|mailbox| mailbox.run = false));
             self.notices.send(Notice::Exit(exit));
         }
@@ -150,8 +158,8 @@ impl VcpuGroup {
     pub fn request_pause(&self) {
         let mut parking = self.common.parking();
         if parking.running == 0 {
-            self.common.notices.send(Notice::Paused);
-            return;
+            drop(parking);
+            return self.common.pause_devices();
         }
         parking.pause_wanted = true;
         drop(parking);

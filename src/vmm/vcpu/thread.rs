@@ -189,11 +189,15 @@ fn enter(fd: &mut VcpuFd, bus: &Bus) -> Entry {
             bus.read(port, into);
             None
         }
-        Ok(VcpuExit::MmioRead(_, into)) => {
-            into.fill(0xff);
+        Ok(VcpuExit::MmioRead(address, into)) => {
+            bus.virtio.read(address, into);
             None
         }
-        Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => None,
+        Ok(VcpuExit::MmioWrite(address, bytes)) => {
+            bus.virtio.write(address, bytes);
+            None
+        }
+        Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => None,
         Ok(VcpuExit::Shutdown) => Some(GuestExit::TripleFault),
         Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => Some(GuestExit::Shutdown),
         Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => Some(GuestExit::Reset),

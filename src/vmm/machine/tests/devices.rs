@@ -49,6 +49,7 @@ fn a_terminal_takes_input_and_gives_output() {
         initrd: None,
         cmdline: String::new(),
         serial: SerialBackend::Pty,
+        devices: Vec::new(),
     };
     let machine = Machine::boot(&config, sender).unwrap();
     let path = machine.serial_path().unwrap();

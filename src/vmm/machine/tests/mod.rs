@@ -64,6 +64,7 @@ impl Guest {
             initrd: None,
             cmdline: cmdline.into(),
             serial: SerialBackend::File(serial.clone()),
+            devices: Vec::new(),
         };
         let machine = Machine::boot(&config, sender).unwrap();
         Self { machine, notices, serial, _directory: directory }

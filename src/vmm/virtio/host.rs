@@ -1,0 +1,99 @@
+//! What a device is connected to on the host: text, parsed, and opened.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use thiserror::Error;
+
+use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
+use super::rng::Rng;
+use super::{Device, Kind};
+
+/// The host's end of a device, as flags, `--remap` and machine descriptions name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostEnd {
+    /// A tap, for a network card.
+    Net {
+        /// The interface.
+        tap: TapSpec,
+        /// The card's address in a machine that boots, a random one by default; a card that comes in
+        /// keeps its own.
+        mac: Option<MacAddress>,
+    },
+    /// The kernel's random numbers.
+    Rng,
+}
+
+/// Text that names no host end of that kind.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{text:?} is no host end of a {kind} device: {reason}")]
+pub struct NoHostEnd {
+    /// The kind of device that it is for.
+    pub kind: &'static str,
+    /// The text.
+    pub text: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Why a host end could not be opened. The message names it.
+#[derive(Debug, Error)]
+#[error("{what}: {reason}")]
+pub struct OpenError {
+    /// The path or interface.
+    pub what: String,
+    /// What failed.
+    pub reason: String,
+}
+
+impl HostEnd {
+    /// The kind of device that it is for.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Net { .. } => Kind::Net,
+            Self::Rng => Kind::Rng,
+        }
+    }
+
+    /// Reads the text of a description or of `--remap`; [`HostEnd`]'s `Display` writes it.
+    pub fn parse(kind: Kind, text: &str) -> Result<Self, NoHostEnd> {
+        let fail = |reason: &str| NoHostEnd { kind: kind.name(), text: text.into(), reason: reason.into() };
+        match kind {
+            Kind::Net => match text.parse() {
+                Ok(tap) => Ok(Self::Net { tap, mac: None }),
+                Err(e) => Err(fail(&e.to_string())),
+            },
+            Kind::Rng if text == "kernel" => Ok(Self::Rng),
+            Kind::Rng => Err(fail("there is only \"kernel\"")),
+        }
+    }
+
+    /// Opens it and makes the device, with nothing done yet. `properties` are those of the device
+    /// that comes in, which it has to be like; `None` for a machine that boots.
+    pub fn open(&self, properties: Option<&BTreeMap<String, String>>) -> Result<Box<dyn Device>, OpenError> {
+        match self {
+            Self::Net { tap, mac } => {
+                let fail = |reason: String| OpenError { what: format!("tap {}", tap.name), reason };
+                let mac = match properties {
+                    None => mac.map_or_else(MacAddress::random, Ok).map_err(|e| fail(e.to_string()))?,
+                    Some(all) => {
+                        let text = all.get(MAC_PROPERTY).map_or("", |text| text);
+                        text.parse().map_err(|e| fail(format!("{e}")))?
+                    }
+                };
+                let tap = Tap::open(tap).map_err(|e| fail(e.reason().to_owned()))?;
+                Ok(Box::new(Net::new(tap, mac)))
+            }
+            Self::Rng => Ok(Box::new(Rng::new())),
+        }
+    }
+}
+
+impl fmt::Display for HostEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net { tap, .. } => tap.fmt(f),
+            Self::Rng => f.write_str("kernel"),
+        }
+    }
+}
