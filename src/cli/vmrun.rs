@@ -12,6 +12,7 @@ use super::log;
 use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
+use crate::memory::RamPages;
 use crate::vmm::service::{Ending, Service, ServiceError};
 use crate::vmm::virtio::HostEnd;
 use crate::vmm::virtio::net::NetSpec;
@@ -80,6 +81,14 @@ pub struct Args {
         help_heading = GUEST
     )]
     pub cpus: u32,
+
+    /// Make the guest's memory of pages of this size: 4K, 2M or thp
+    ///
+    /// 2M takes huge pages out of the host's pool (hugetlb), all of them at the start. thp asks the
+    /// host for transparent ones, which it gives where it can. 4K by default; with --incoming,
+    /// what the guest's memory is made of where it comes from.
+    #[arg(long, value_name = "PAGES")]
+    pub hugepages: Option<RamPages>,
 
     /// The guest's name, in status and messages
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
@@ -198,7 +207,8 @@ pub fn main() -> ExitCode {
 }
 
 fn host(args: Args) -> Result<Ending, ServiceError> {
-    let local = LocalConfig { serial: args.serial.clone(), ..LocalConfig::default() };
+    let local =
+        LocalConfig { serial: args.serial.clone(), ram_pages: args.hugepages, ..LocalConfig::default() };
     if args.incoming {
         // Asked once in a process, and slow on a busy host: done before anybody waits for it.
         HostAbilities::of_this_host(&open_kvm()?)?;
@@ -210,6 +220,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
             name: args.name,
             uuid: uuid()?,
             memory_bytes: args.memory.0,
+            ram_pages: args.hugepages.unwrap_or_default(),
             vcpus: args.cpus,
             kernel,
             initrd: args.initrd,

@@ -4,6 +4,7 @@
 
 pub mod bitmap;
 pub mod fdpass;
+pub mod holes;
 pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
@@ -13,3 +14,4 @@ pub mod spawn;
 pub mod tap;
 pub mod uffd;
 pub mod view;
+pub mod window;

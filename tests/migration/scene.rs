@@ -123,12 +123,19 @@ impl Scene {
 
     /// A heartbeat guest that has filled its memory and beats.
     pub fn guest(&self, name: &str, memory: &str, cpus: u32, cmdline: &str) -> Vmrun {
+        self.guest_of("4K", name, memory, cpus, cmdline)
+    }
+
+    /// The same with memory of `pages`.
+    pub fn guest_of(&self, pages: &str, name: &str, memory: &str, cpus: u32, cmdline: &str) -> Vmrun {
         let cmdline = format!("vcpus={cpus} {cmdline} beat=5 status=50");
         let args = [
             "--kernel",
             "builtin:heartbeat",
             "--memory",
             memory,
+            "--hugepages",
+            pages,
             "--cpus",
             &cpus.to_string(),
             "--cmdline",

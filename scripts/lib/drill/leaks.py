@@ -64,16 +64,11 @@ def attempts(scene, times):
     watched = {"vmrun at A": a.program.pid, "vmrecv": b.mover.pid, "vmrun at B": b.status["pid"]}
     for number in range(WARM_UP + times):
         if number == WARM_UP:
-            before = settled(scene, a, watched)
+            before = settled(scene, a, b, link, watched)
         link.cut_at(*MOMENTS[number % len(MOMENTS)])
         scene.send(a, link.address, "--peer-timeout", "3s").end().expect((1, 5), "the source has the guest")
         link.heal()
-    # What READY may have left held at B is replaced by the next attempt: let that fail early.
-    link.cut_at(TO_SOURCE, "ACCEPTED")
-    scene.send(a, link.address).end().expect((1, 5))
-    link.heal()
-    until("B is empty", lambda: b.run_state == "empty")
-    after = settled(scene, a, watched)
+    after = settled(scene, a, b, link, watched)
     grown = [name for name in watched if before[name].grew_to(after[name])]
     scene.ended(scene.send(a, b), 0)
     scene.ended(b.mover, 0)
@@ -82,8 +77,13 @@ def attempts(scene, times):
     return {"leaks": "FAILED" if grown or left else "passed", "attempts": times, **figures, "grown": grown, "left": left}
 
 
-def settled(scene, a, watched):
-    """What each holds, once two looks agree: threads that say farewell take a second."""
+def settled(scene, a, b, link, watched):
+    """What each holds with nothing under way, once two looks agree: threads that say farewell take a second."""
+    # What READY may have left held at B is replaced by the next attempt: one that fails early.
+    link.cut_at(TO_SOURCE, "ACCEPTED")
+    scene.send(a, link.address).end().expect((1, 5))
+    link.heal()
+    until("B is empty", lambda: b.run_state == "empty")
     last = {}
 
     def look():

@@ -54,7 +54,7 @@ def play(drill, mode, kit):
     scene = Scene(kit, mode)
     try:
         judge(drill.play(scene), scene, outcome)
-    except (Failed, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever it is, the drill has failed, and its programs have to go
         outcome.problems.append(f"{error}" if isinstance(error, Failed) else traceback.format_exc())
     outcome.exits = scene.ends
     if outcome.problems or outcome.left:
