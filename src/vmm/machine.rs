@@ -409,9 +409,9 @@ fn describe(
 }
 
 /// Opens what the devices of a machine to boot are connected to.
-fn open_devices(config: &MachineConfig) -> Result<Vec<(String, Box<dyn Device>)>, VmmError> {
+fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
     let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
-    let mut opened: Vec<(String, Box<dyn Device>)> = Vec::new();
+    let mut opened = Opened::new();
     for device in &config.devices {
         let fail = |reason: String| VmmError::Device { id: device.id.clone(), reason };
         if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
