@@ -5,7 +5,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use super::rng::Rng;
+use super::rng::{self, Rng};
 use super::{Device, Kind};
 
 /// The host's end of a device, as flags, `--remap` and machine descriptions name it.
@@ -59,7 +59,10 @@ impl HostEnd {
     pub fn open(&self, properties: Option<&BTreeMap<String, String>>) -> Result<Box<dyn Device>, OpenError> {
         let _ = properties;
         match self {
-            Self::Rng => Ok(Box::new(Rng::new())),
+            Self::Rng => match Rng::new() {
+                Ok(rng) => Ok(Box::new(rng)),
+                Err(e) => Err(OpenError { what: rng::SOURCE.into(), reason: e.to_string() }),
+            },
         }
     }
 }
