@@ -11,6 +11,7 @@ warn\t'Also what deserves attention'
 info\t'Also what happens'
 debug\t'Also why'
 trace\t'Everything'"
+complete -c vmrun -l rng -d 'Give the guest a source of random numbers (virtio-rng), with the id rng0'
 complete -c vmrun -l paused -d 'Do not start the guest before `vmctl SOCK resume`'
 complete -c vmrun -l incoming -d 'Hold no guest, and wait for one that vmrecv brings in'
 complete -c vmrun -l no-sandbox -d 'Do not confine this program, for debugging'
