@@ -34,9 +34,6 @@ const SERIAL_ID: &str = "serial0";
 /// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
 
-/// A virtio device by its id.
-type NamedDevice = (String, Box<dyn Device>);
-
 /// A microVM on this host. Its vCPUs are threads of this process; no call waits for them, but for
 /// [`Machine::stop`].
 pub struct Machine {
@@ -59,6 +56,9 @@ enum Content {
     /// Booted or imported.
     Guest,
 }
+
+/// Virtio devices with their ids, in the order of their slots.
+type Opened = Vec<(String, Box<dyn Device>)>;
 
 /// What threads of a machine share.
 struct Parts {
@@ -163,7 +163,7 @@ impl Machine {
         ram: GuestRam,
         description: MachineDescription,
         serial: &SerialBackend,
-        devices: Vec<NamedDevice>,
+        devices: Opened,
         notices: NoticeSender,
         fault: FaultPoint,
     ) -> Result<Self, VmmError> {
@@ -382,7 +382,7 @@ fn describe(
     config: &MachineConfig,
     ram: &GuestRam,
     host: &HostAbilities,
-    opened: &[NamedDevice],
+    opened: &[(String, Box<dyn Device>)],
 ) -> MachineDescription {
     let device = |id: &str, kind: &str, version, host| DeviceDescription {
         id: id.into(),
@@ -421,9 +421,9 @@ fn describe(
 }
 
 /// Opens what the devices of a machine to boot are connected to.
-fn open_devices(config: &MachineConfig) -> Result<Vec<NamedDevice>, VmmError> {
+fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
     let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
-    let mut opened: Vec<NamedDevice> = Vec::new();
+    let mut opened = Opened::new();
     for device in &config.devices {
         let fail = |reason: String| VmmError::Device { id: device.id.clone(), reason };
         if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
@@ -440,7 +440,7 @@ fn arriving_devices(
     description: &mut MachineDescription,
     local: &LocalConfig,
     problems: &mut Vec<Problem>,
-) -> Vec<NamedDevice> {
+) -> Opened {
     let mut opened = Vec::new();
     for device in &mut description.devices {
         let Some(kind) = Kind::named(&device.kind) else { continue };

@@ -31,7 +31,8 @@ impl Host {
         let interrupt = Arc::new(Interrupt::with_line(move |up| {
             let _ = sender.send(up);
         }));
-        let slot = Slot::new("d", Box::new(Rng::new()), Arc::new(ram.memory().clone()), interrupt).unwrap();
+        let slot =
+            Slot::new("d", Box::new(Rng::new().unwrap()), Arc::new(ram.memory().clone()), interrupt).unwrap();
         Self { ram, slot, line }
     }
 
