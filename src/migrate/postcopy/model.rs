@@ -18,6 +18,9 @@ const MISSING: u64 = 0b110;
 /// How much may go wrong in one history.
 const MAX_FAULTS: u8 = 2;
 
+/// What a step does to the world.
+type Change<'c> = &'c dyn Fn(&mut World);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Mem {
     Absent,
@@ -312,7 +315,7 @@ impl World {
         next
     }
 
-    fn at_the_source(&self, branch: &mut dyn FnMut(bool, &dyn Fn(&mut World))) {
+    fn at_the_source(&self, branch: &mut dyn FnMut(bool, Change<'_>)) {
         let Some(s) = &self.sender else {
             // `vmsend --resume`
             let heard = Heard::new(false, TOTAL);
@@ -345,7 +348,7 @@ impl World {
         }
     }
 
-    fn at_the_destination(&self, branch: &mut dyn FnMut(bool, &dyn Fn(&mut World)), mutant: Mutant) {
+    fn at_the_destination(&self, branch: &mut dyn FnMut(bool, Change<'_>), mutant: Mutant) {
         let Some(r) = &self.receiver else {
             // `vmrecv --resume`: all who wait look again.
             branch(false, &|w| {
