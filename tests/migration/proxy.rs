@@ -18,7 +18,7 @@ pub enum Way {
     ToSource,
 }
 
-/// What becomes of a frame's bytes.
+/// Makes another payload of one.
 type Change = dyn FnOnce(&[u8]) -> Vec<u8> + Send;
 
 /// What happens to a frame, once.

@@ -18,9 +18,6 @@ const MISSING: u64 = 0b110;
 /// How much may go wrong in one history.
 const MAX_FAULTS: u8 = 2;
 
-/// What a step does to the world.
-type Change<'c> = &'c dyn Fn(&mut World);
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Mem {
     Absent,
@@ -137,6 +134,9 @@ fn start() -> World {
         faults: 0,
     }
 }
+
+/// Takes what may happen next: whether it is a fault, and what it does.
+type Branch<'a> = dyn FnMut(bool, &dyn Fn(&mut World)) + 'a;
 
 impl World {
     fn is_wrong(&self) -> bool {
@@ -315,7 +315,7 @@ impl World {
         next
     }
 
-    fn at_the_source(&self, branch: &mut dyn FnMut(bool, Change<'_>)) {
+    fn at_the_source(&self, branch: &mut Branch) {
         let Some(s) = &self.sender else {
             // `vmsend --resume`
             let heard = Heard::new(false, TOTAL);
@@ -348,7 +348,7 @@ impl World {
         }
     }
 
-    fn at_the_destination(&self, branch: &mut dyn FnMut(bool, Change<'_>), mutant: Mutant) {
+    fn at_the_destination(&self, branch: &mut Branch, mutant: Mutant) {
         let Some(r) = &self.receiver else {
             // `vmrecv --resume`: all who wait look again.
             branch(false, &|w| {
