@@ -12,6 +12,7 @@ trace\t'Everything'"
 complete -c vmrecv -l attach -d 'Use the vmrun --incoming that listens on --control already'
 complete -c vmrecv -l resume -d 'Take over from a vmrecv that was killed while the guest was acknowledged, or lacked pages'
 complete -c vmrecv -l insecure -d 'Allow TCP beyond loopback, without encryption or authentication'
+complete -c vmrecv -l no-sandbox -d 'Do not confine this program, for debugging'
 complete -c vmrecv -l json -d 'Print JSON on standard output, one object a line, the result last'
 complete -c vmrecv -s q -l quiet -d 'Print nothing but errors on standard error'
 complete -c vmrecv -s h -l help -d 'Print help (see more with \'--help\')'

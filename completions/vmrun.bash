@@ -23,7 +23,7 @@ _vmrun() {
 
     case "${cmd}" in
         vmrun)
-            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --name --paused --incoming --control --serial --log --help --version"
+            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --name --paused --incoming --control --serial --no-sandbox --log --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -13,5 +13,6 @@ debug\t'Also why'
 trace\t'Everything'"
 complete -c vmrun -l paused -d 'Do not start the guest before `vmctl SOCK resume`'
 complete -c vmrun -l incoming -d 'Hold no guest, and wait for one that vmrecv brings in'
+complete -c vmrun -l no-sandbox -d 'Do not confine this program, for debugging'
 complete -c vmrun -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vmrun -s V -l version -d 'Print version'

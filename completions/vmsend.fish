@@ -24,6 +24,7 @@ complete -c vmsend -l keep-source -d 'Leave the source\'s vmrun and the guest\'s
 complete -c vmsend -l insecure -d 'Allow TCP beyond loopback, without encryption or authentication'
 complete -c vmsend -l resume -d 'Go on with a migration whose vmsend ended after the guest was committed'
 complete -c vmsend -l revoke -d 'With --resume: ask for the guest back if the destination has not run it'
+complete -c vmsend -l no-sandbox -d 'Do not confine this program, for debugging'
 complete -c vmsend -l json -d 'Print JSON on standard output, one object a line, the result last'
 complete -c vmsend -s q -l quiet -d 'Print nothing but errors on standard error'
 complete -c vmsend -s h -l help -d 'Print help (see more with \'--help\')'

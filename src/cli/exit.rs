@@ -25,6 +25,8 @@ pub enum Exit {
     Unknown,
     /// 8.
     Lost,
+    /// 9.
+    Confined,
     /// 128 + the signal's number: 130 for SIGINT, 143 for SIGTERM.
     Signal(i32),
 }
@@ -40,9 +42,14 @@ pub const SEND_CODES: &[(Exit, &str)] = &[
     (Exit::Resumable, "interrupted, and resumable: the guest runs at the destination and lacks pages"),
     (Exit::Unknown, "outcome unknown: the source holds still, and the destination may run the guest"),
     (Exit::Lost, "the guest is lost"),
+    (Exit::Confined, CONFINED),
     (Exit::Signal(2), "SIGINT was honoured: the source runs the guest"),
     (Exit::Signal(15), "SIGTERM was honoured: the source runs the guest"),
 ];
+
+/// What both movers say of [`Exit::Confined`].
+const CONFINED: &str = "the sandbox has refused a system call, which is named: the guest is with its vmrun, as \
+                        after a kill, and `vmctl SOCK status` says in which state";
 
 /// What each code of `vmrecv` says.
 pub const RECV_CODES: &[(Exit, &str)] = &[
@@ -53,6 +60,7 @@ pub const RECV_CODES: &[(Exit, &str)] = &[
     (Exit::PeerFailed, "the peer, the link or the protocol failed (likewise)"),
     (Exit::Unknown, "outcome unknown: vmrun holds the guest here for the source's word"),
     (Exit::Lost, "vmrun has ended while it ran the guest, or was told to"),
+    (Exit::Confined, CONFINED),
     (Exit::Signal(2), "SIGINT was honoured while waiting or loading: the source has its guest"),
     (Exit::Signal(15), "SIGTERM, likewise"),
 ];
@@ -91,6 +99,7 @@ impl Exit {
             Self::Resumable => 6,
             Self::Unknown => 7,
             Self::Lost => 8,
+            Self::Confined => 9,
             Self::Signal(number) => 128 | (number & 0x7f) as u8,
         }
     }
@@ -126,6 +135,6 @@ mod tests {
     fn signals_are_said_as_shells_do() {
         assert_eq!((Exit::Signal(2).code(), Exit::Signal(15).code()), (130, 143));
         let codes: Vec<u8> = SEND_CODES.iter().map(|(e, _)| e.code()).collect();
-        assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6, 7, 8, 130, 143]);
+        assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130, 143]);
     }
 }

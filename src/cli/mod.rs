@@ -1,6 +1,7 @@
 //! The command lines: flags and units, exit codes, what is printed. Each program's `main` is here,
 //! so that the binaries only call it.
 
+pub mod confine;
 pub mod exit;
 pub mod flags;
 pub mod log;

@@ -15,6 +15,7 @@ use crate::migrate::options::{Arrived, ReceiveOptions};
 use crate::transport::{Address, needs_insecure};
 use crate::vmm::SerialBackend;
 
+use super::confine::{self, SandboxArgs};
 use super::exit::{self, Exit};
 use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
 use super::log;
@@ -98,6 +99,10 @@ pub struct Args {
 
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub sandbox: SandboxArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub output: OutputArgs,
 }
 
@@ -157,19 +162,24 @@ fn remap(text: &str) -> Result<Remap, String> {
 }
 
 impl Args {
-    fn options(&self) -> ReceiveOptions {
-        ReceiveOptions {
+    fn options(&self) -> std::io::Result<ReceiveOptions> {
+        let vmrun = match &self.vmrun {
+            Some(path) => path.clone(),
+            None => std::env::current_exe()?.with_file_name("vmrun"),
+        };
+        Ok(ReceiveOptions {
             listen: self.listen.clone().unwrap_or(Address::Stdio),
             peer_timeout: self.peer.peer_timeout,
             linger: self.linger,
             host: HostOptions {
                 control: self.control.clone(),
                 attach: self.attach || self.resume,
-                vmrun: self.vmrun.clone(),
+                vmrun,
+                sandbox: !self.sandbox.no_sandbox,
                 serial: self.serial.to_string(),
                 remap: self.remap.clone(),
             },
-        }
+        })
     }
 }
 
@@ -186,6 +196,19 @@ pub fn main() -> ExitCode {
         complain(NAME, "the stream has standard output: neither --json nor --serial stdio goes with it");
         return Exit::Usage.into();
     }
+    let options = match args.options() {
+        Ok(options) => options,
+        Err(error) => {
+            complain(NAME, format_args!("cannot tell where this program is: {error}"));
+            return Exit::Failed.into();
+        }
+    };
+    if !args.sandbox.no_sandbox
+        && let Err(e) = confine::receiver(&args.control, args.listen.as_ref(), options.host.program())
+    {
+        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
+        return Exit::Failed.into();
+    }
     let stop = Arc::new(AtomicUsize::new(0));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         if let Err(error) = signal_hook::flag::register_usize(signal, stop.clone(), signal as usize) {
@@ -195,8 +218,8 @@ pub fn main() -> ExitCode {
     }
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let result = match args.resume {
-        true => dest::resume(&args.options(), args.listen.clone(), &stop, &mut display),
-        false => dest::receive(&args.options(), &stop, &mut display),
+        true => dest::resume(&options, args.listen.clone(), &stop, &mut display),
+        false => dest::receive(&options, &stop, &mut display),
     };
     let exit = match result {
         Ok(arrived) => {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, ValueHint};
 
+use super::confine::{self, SandboxArgs};
 use super::exit::{self, Exit};
 use super::flags::{self, LogArgs};
 use super::log;
@@ -116,6 +117,10 @@ pub struct Args {
 
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub sandbox: SandboxArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub log: LogArgs,
 }
 
@@ -165,6 +170,12 @@ pub const MANUAL: Manual = Manual {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     log::start(args.log.level);
+    if !args.sandbox.no_sandbox
+        && let Err(e) = confine::host(args.control.as_deref())
+    {
+        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
+        return Exit::Failed.into();
+    }
     let exit = match host(args) {
         Ok(ending) => tell(&ending),
         Err(e) => {

@@ -14,6 +14,7 @@ use crate::migrate::settings::Settings;
 use crate::migrate::{handover, source};
 use crate::transport::{Address, needs_insecure};
 
+use super::confine::{self, SandboxArgs};
 use super::exit::{self, Exit};
 use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
 use super::log;
@@ -149,6 +150,10 @@ pub struct Args {
 
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub sandbox: SandboxArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub output: OutputArgs,
 }
 
@@ -279,6 +284,12 @@ pub fn main() -> ExitCode {
         );
         return Exit::Usage.into();
     }
+    if !args.sandbox.no_sandbox
+        && let Err(e) = confine(&args, &options)
+    {
+        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
+        return Exit::Failed.into();
+    }
     let settings = Settings::new(options.policy, options.bandwidth_limit);
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let exit = match send(&args, &options, &settings, &mut display) {
@@ -289,6 +300,13 @@ pub fn main() -> ExitCode {
         Err(error) => display.failed(&error),
     };
     exit.into()
+}
+
+/// Where a migration that is taken up again goes is asked of vmrun first.
+fn confine(args: &Args, options: &SendOptions) -> std::io::Result<()> {
+    let recorded = if args.resume { handover::recorded_destination(&args.vm) } else { None };
+    let dest = recorded.unwrap_or_else(|| options.dest.clone());
+    confine::sender(&args.vm, &dest, args.control.as_deref())
 }
 
 fn send(

@@ -135,6 +135,9 @@ pub enum Request {
         /// Host ends of devices, by device id.
         #[serde(default)]
         remap: Vec<Remap>,
+        /// Pages may come after the guest: unsuitable where that cannot be (no userfaultfd).
+        #[serde(default)]
+        postcopy: bool,
     },
     /// Incoming, before `import`: pages will come after the guest has begun to run. Registers all RAM
     /// with a userfaultfd, of which vmrun keeps a duplicate. Answer: [`Postcopy`] with the
@@ -166,14 +169,15 @@ pub enum Request {
     Promise {
         /// The attempt.
         attempt: Attempt,
+        /// The guest was paused by an operator and stays so, once it runs here. Kept here, since
+        /// another receiver may pass RUN on.
+        #[serde(default)]
+        paused: bool,
     },
     /// Incoming: RUN has come. Records the ownership, then lets the vCPUs go. Answer: [`Status`].
     Run {
         /// The attempt.
         attempt: Attempt,
-        /// The guest was paused by an operator and stays so, now here.
-        #[serde(default)]
-        paused: bool,
     },
     /// Incoming: REVOKE or ABORT has come, or loading failed. Answer: `{}`, and the machine is
     /// dropped; refused when it runs.
@@ -374,12 +378,16 @@ pub struct DirtyPages {
 }
 
 /// Answer to `export`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateBlob {
     /// Bytes of state in the memfd.
     pub bytes: u64,
     /// How long saving took.
     pub export_us: u64,
+    /// Pages of RAM (dense numbers, [`PageIndex`]) that restoring the state touches, then those that
+    /// the vCPUs touch first.
+    #[serde(default)]
+    pub first_touched: Vec<u64>,
 }
 
 /// Answer to `import`.

@@ -37,36 +37,6 @@ impl AtomicPageSet {
         taken
     }
 
-    /// Takes every page of `run` out, and gives the runs of those that were in.
-    pub fn take_runs(&self, run: PageRun) -> Vec<PageRun> {
-        let mut runs: Vec<PageRun> = Vec::new();
-        for (word, mask) in words_of(run, self.capacity) {
-            let mut taken = self.words[word].fetch_and(!mask, Ordering::AcqRel) & mask;
-            while taken != 0 {
-                let page = word as u64 * 64 + u64::from(taken.trailing_zeros());
-                taken &= taken - 1;
-                match runs.last_mut() {
-                    Some(last) if last.first.0 + last.pages == page => last.pages += 1,
-                    _ => runs.push(PageRun { first: PageIndex(page), pages: 1 }),
-                }
-            }
-        }
-        runs
-    }
-
-    /// The first page at or after `from` that is in the set.
-    pub fn next_from(&self, from: PageIndex) -> Option<PageIndex> {
-        let mut mask = u64::MAX << (from.0 % 64);
-        for word in (from.0 / 64) as usize..self.words.len() {
-            let bits = self.words[word].load(Ordering::Acquire) & mask;
-            if bits != 0 {
-                return Some(PageIndex(word as u64 * 64 + u64::from(bits.trailing_zeros())));
-            }
-            mask = u64::MAX;
-        }
-        None
-    }
-
     /// Whether any page of `run` is in the set.
     pub fn intersects(&self, run: PageRun) -> bool {
         words_of(run, self.capacity).any(|(word, mask)| self.words[word].load(Ordering::Acquire) & mask != 0)
@@ -112,13 +82,8 @@ mod tests {
         assert_eq!(set.insert_run(run(65, 10)), 5);
         assert_eq!(set.insert_run(run(195, u64::MAX)), 5);
         assert!(set.intersects(run(0, 61)) && !set.intersects(run(0, 60)));
-        assert_eq!(set.next_from(PageIndex(0)), Some(PageIndex(60)));
-        assert_eq!(set.next_from(PageIndex(75)), Some(PageIndex(195)));
-        assert_eq!(set.next_from(PageIndex(u64::MAX)), None);
         let taken = set.take_run(run(50, 20));
         assert_eq!(taken.runs().collect::<Vec<_>>(), vec![run(60, 10)]);
         assert_eq!(set.snapshot().runs().collect::<Vec<_>>(), vec![run(70, 5), run(195, 5)]);
-        assert_eq!(set.take_runs(run(72, 200)), vec![run(72, 3), run(195, 5)]);
-        assert_eq!(set.take_runs(run(0, 200)), vec![run(70, 2)]);
     }
 }

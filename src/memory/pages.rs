@@ -13,7 +13,7 @@ pub struct PageRun {
 }
 
 /// A set over the pages `0..capacity`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PageSet {
     words: Vec<u64>,
     capacity: u64,
@@ -94,10 +94,40 @@ impl PageSet {
         }
     }
 
+    /// Takes every page of `run` out, and gives the runs of those that were in.
+    pub fn take_runs(&mut self, run: PageRun) -> Vec<PageRun> {
+        let mut runs: Vec<PageRun> = Vec::new();
+        for (word, mask) in words_of(run, self.capacity) {
+            let mut taken = self.words[word] & mask;
+            self.words[word] &= !mask;
+            while taken != 0 {
+                let page = word as u64 * 64 + u64::from(taken.trailing_zeros());
+                taken &= taken - 1;
+                match runs.last_mut() {
+                    Some(last) if last.first.0 + last.pages == page => last.pages += 1,
+                    _ => runs.push(PageRun { first: PageIndex(page), pages: 1 }),
+                }
+            }
+        }
+        runs
+    }
+
+    /// The first page at or after `from` that is in the set.
+    pub fn next_from(&self, from: PageIndex) -> Option<PageIndex> {
+        self.next(from.0, true).map(PageIndex)
+    }
+
     /// Adds every page of `other`, which has the same capacity.
     pub fn union(&mut self, other: &PageSet) {
         for (a, b) in self.words.iter_mut().zip(&other.words) {
             *a |= b;
+        }
+    }
+
+    /// Keeps only the pages that are in `other`, which has the same capacity, as well.
+    pub fn intersect(&mut self, other: &PageSet) {
+        for (a, b) in self.words.iter_mut().zip(&other.words) {
+            *a &= b;
         }
     }
 

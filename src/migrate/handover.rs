@@ -11,15 +11,24 @@ use super::bulk::Views;
 use super::link::Event;
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, Summary, here, ms};
+use super::postcopy::heard::Heard;
 use super::precopy::Bulk;
 use super::report::Observer;
-use super::serving::Heard;
 use super::settings::{Settings, Stop};
 use super::source::{Finish, Migration};
 use super::source_vm::SourceVm;
 
 /// How often a wait looks at what the operator wants.
 pub(super) const TICK: Duration = Duration::from_millis(50);
+
+/// Where the `vmrun` at `vm` has committed its guest to, if it has. Whatever is wrong there, [`resume`]
+/// will say.
+pub fn recorded_destination(vm: &std::path::Path) -> Option<crate::transport::Address> {
+    match SourceVm::connect(vm).and_then(|mut vm| vm.client.status()).ok()?.ownership {
+        Ownership::Committed { dest, .. } => dest.parse().ok(),
+        _ => None,
+    }
+}
 
 /// Goes on with a migration whose `vmsend` has gone after the fence.
 pub fn resume(
@@ -83,8 +92,10 @@ pub(super) struct Handover<'m, 'a> {
     pub(super) step: SourceStep,
     /// Inputs that follow from what was just done.
     pub(super) follow_up: Vec<SourceInput>,
-    /// What came of postcopy's messages on the connection that stands.
+    /// What the destination has said of its pages on the connection that stands.
     pub(super) heard: Heard,
+    /// It has said that it has everything.
+    pub(super) done: Option<wire::Done>,
     /// Why the guest stays, when it does.
     cause: Option<MigrateError>,
     ready: wire::Ready,
@@ -102,6 +113,7 @@ impl<'m, 'a> Handover<'m, 'a> {
             step,
             follow_up: vec![],
             heard: Heard::default(),
+            done: None,
             cause: None,
             ready: wire::Ready::default(),
             paused_at: now,
@@ -204,15 +216,16 @@ impl<'m, 'a> Handover<'m, 'a> {
             }
             Message::Running(_) => Some(SourceInput::Running),
             Message::Received(part) => {
-                self.heard.received.push(part);
+                self.heard.received(&part);
                 None
             }
             Message::PageRequest(pages) => {
-                self.heard.requests.extend(pages);
+                // Answered by the connection's reader, where it may be.
+                self.heard.requested(pages);
                 None
             }
             Message::Done(done) => {
-                self.heard.done = Some(done);
+                self.done = Some(done);
                 None
             }
             Message::Revoked => {

@@ -2,15 +2,14 @@
 //! control socket.
 
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::control::{Client, ClientError, DEFAULT_TIMEOUT, Imported, Remap};
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::memfd;
+use crate::sys::spawn::{Io, Program, Running};
 
 use super::outcome::{Ending, MigrateError, Side};
 use super::ram::Ram;
@@ -30,8 +29,10 @@ pub struct HostOptions {
     pub control: PathBuf,
     /// Use the one that listens there already instead of starting one.
     pub attach: bool,
-    /// The program to start; the one beside this program when `None`.
-    pub vmrun: Option<PathBuf>,
+    /// The program to start.
+    pub vmrun: PathBuf,
+    /// Whether it confines itself; else it is told `--no-sandbox`.
+    pub sandbox: bool,
     /// Its `--serial`.
     pub serial: String,
     /// Host ends of devices, by id.
@@ -44,14 +45,16 @@ pub struct Host {
     options: HostOptions,
     /// The control connection.
     pub client: Client,
-    child: Option<Child>,
+    child: Option<Running>,
 }
 
 impl Host {
     /// Starts `vmrun --incoming`, or attaches to one.
     pub fn open(options: &HostOptions) -> Result<Self, MigrateError> {
-        let child = if options.attach { None } else { Some(spawn(options)?) };
-        let mut child = child;
+        let start = |program: Program| {
+            program.start().map_err(|e| failed(format!("cannot start {}: {e}", options.vmrun.display())))
+        };
+        let mut child = options.program().map(start).transpose()?;
         let client = match &mut child {
             None => Client::connect(&options.control, "vmrecv").map_err(failed)?,
             Some(child) => match await_socket(&options.control, child) {
@@ -66,10 +69,15 @@ impl Host {
         Ok(Self { options: options.clone(), client, child })
     }
 
-    /// Makes the machine, empty, and gives its RAM.
-    pub fn prepare(&mut self, attempt: Attempt, machine: &MachineDescription) -> Result<Ram, ClientError> {
+    /// Makes the machine, empty, and gives its RAM. `postcopy`: pages may come after the guest.
+    pub fn prepare(
+        &mut self,
+        attempt: Attempt,
+        machine: &MachineDescription,
+        postcopy: bool,
+    ) -> Result<Ram, ClientError> {
         self.client.set_timeout(PREPARE_TIMEOUT);
-        let prepared = self.client.prepare(attempt, machine, self.options.remap.clone());
+        let prepared = self.client.prepare(attempt, machine, self.options.remap.clone(), postcopy);
         self.client.set_timeout(DEFAULT_TIMEOUT);
         let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
@@ -118,32 +126,38 @@ pub fn import(mut client: Client, attempt: Attempt, state: &[u8]) -> Result<Impo
     client.import(attempt, &memfd, state.len() as u64)
 }
 
-fn spawn(options: &HostOptions) -> Result<Child, MigrateError> {
-    let program = match &options.vmrun {
-        Some(path) => path.clone(),
-        None => std::env::current_exe().map(|exe| exe.with_file_name("vmrun")).map_err(failed)?,
-    };
-    let mut command = Command::new(&program);
-    command.arg("--incoming").arg("--control").arg(&options.control).arg("--serial").arg(&options.serial);
-    // It outlives us, also when a terminal's Ctrl-C reaches our process group.
-    command.process_group(0).stdin(Stdio::null());
-    if options.serial != "stdio" {
+impl HostOptions {
+    /// The `vmrun` that is started; `None` when one is attached to. It outlives us, also when a
+    /// terminal's Ctrl-C reaches our process group.
+    pub fn program(&self) -> Option<Program> {
+        let (control, serial) = (self.control.clone().into(), self.serial.clone().into());
+        let mut argv = vec![
+            self.vmrun.clone().into(),
+            "--incoming".into(),
+            "--control".into(),
+            control,
+            "--serial".into(),
+            serial,
+        ];
+        if !self.sandbox {
+            argv.push("--no-sandbox".into());
+        }
         // Our standard output may be the stream.
-        command.stdout(Stdio::null());
+        let io = if self.serial == "stdio" { Io::ApartWithOutput } else { Io::Apart };
+        (!self.attach).then_some(Program { argv, io })
     }
-    command.spawn().map_err(|e| failed(format!("cannot start {}: {e}", program.display())))
 }
 
 /// Connects as soon as the new `vmrun` listens. A pause of 2 ms between tries: there is no event
 /// to wait for before the socket exists.
-fn await_socket(control: &Path, child: &mut Child) -> Result<Client, MigrateError> {
+fn await_socket(control: &Path, child: &mut Running) -> Result<Client, MigrateError> {
     let start = Instant::now();
     loop {
         if let Some(status) = child.try_wait().map_err(failed)? {
             return Err(failed(format!("vmrun ended at once ({status})")));
         }
         match Client::connect(control, "vmrecv") {
-            Ok(client) if client.server().pid == child.id() => return Ok(client),
+            Ok(client) if client.server().pid == child.pid() => return Ok(client),
             Ok(_) => {
                 return Err(failed(format!(
                     "{} belongs to another vmrun (--attach uses it)",

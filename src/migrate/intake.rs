@@ -1,9 +1,11 @@
 //! The receiver's door: takes connections, hears their first word, passes them on.
 //!
 //! Each caller is heard on a thread of its own, for a bounded time, and only so many at once: one
-//! that says nothing, or drips, keeps nobody else waiting.
+//! that says nothing, or drips, keeps nobody else waiting ([`places`]).
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+mod places;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender as EventSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -15,11 +17,12 @@ use crate::wire::{self, Message};
 
 use super::dest::Event;
 use super::options::ReceiveOptions;
+use places::{Place, Places};
 
-/// Callers that are heard at once; those beyond wait in the listener's queue.
-const MAX_CALLERS: usize = 32;
-/// How often the door looks whether a place is free, or whether it is to be shut.
+/// How often the door looks whether it is to be shut.
 const STEP: Duration = Duration::from_millis(200);
+/// How often it looks whether a place is free, while somebody waits for one.
+const CROWDED: Duration = Duration::from_millis(10);
 
 /// Somebody who has said who they are.
 #[derive(Debug)]
@@ -106,7 +109,7 @@ struct Door {
 
 impl Door {
     fn take_callers(self) {
-        let heard = Arc::new(AtomicUsize::new(0));
+        let places = Places::default();
         while !self.shut.load(Ordering::Acquire) {
             // Each connection has a token of its own: ending one must not end the listening.
             let Ok(token) = CancelToken::new() else {
@@ -114,10 +117,6 @@ impl Door {
                 continue;
             };
             *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = token.clone();
-            if heard.load(Ordering::Acquire) >= MAX_CALLERS {
-                token.wait(Instant::now() + STEP);
-                continue;
-            }
             let stream = match self.listener.accept(Some(Instant::now() + STEP), &token) {
                 Ok(Some(stream)) => stream,
                 Ok(None) => continue,
@@ -130,11 +129,18 @@ impl Door {
                     continue;
                 }
             };
-            let (events, options, place) = (self.events.clone(), self.channel_options, Place::take(&heard));
-            let hearing = std::thread::Builder::new().name("caller".to_owned()).spawn(move || {
-                let _place = place;
-                hear(stream, options, &events);
-            });
+            let place = loop {
+                if let Some(place) = places.take(stream.peer(), &token) {
+                    break place;
+                }
+                if token.wait(Instant::now() + CROWDED) {
+                    return;
+                }
+            };
+            let (events, options) = (self.events.clone(), self.channel_options);
+            let hearing = std::thread::Builder::new()
+                .name("caller".to_owned())
+                .spawn(move || hear(stream, options, place, &events));
             if let Err(error) = hearing {
                 tracing::warn!("a caller cannot be heard: {error}");
             }
@@ -142,25 +148,15 @@ impl Door {
     }
 }
 
-/// One of the [`MAX_CALLERS`] places, free again when dropped.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(heard: &Arc<AtomicUsize>) -> Self {
-        heard.fetch_add(1, Ordering::AcqRel);
-        Self(heard.clone())
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-fn hear(stream: crate::transport::Stream, options: ChannelOptions, events: &EventSender<Event>) {
+fn hear(
+    stream: crate::transport::Stream,
+    options: ChannelOptions,
+    place: Place,
+    events: &EventSender<Event>,
+) {
     match Channel::accept(stream, options) {
-        Ok((channel, opening)) => {
+        // Whose place was given away meanwhile is cancelled already.
+        Ok((channel, opening)) if place.leave() => {
             let opening = match opening {
                 Message::Hello(hello) => Opening::Hello(Box::new(hello)),
                 Message::Join { index } => Opening::Join { index },
@@ -169,6 +165,7 @@ fn hear(stream: crate::transport::Stream, options: ChannelOptions, events: &Even
             };
             let _ = events.send(Event::Caller(Caller { attempt: channel.attempt(), opening, channel }));
         }
+        Ok(_) => {}
         Err(error) => tracing::warn!("a caller was turned away: {error}"),
     }
 }

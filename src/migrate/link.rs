@@ -10,13 +10,14 @@ use crate::transport::{
     CancelToken, Channel, ChannelError, ChannelOptions, ChannelRole, ChannelStats, Heartbeat, RateLimiter,
     Receiver, Sender, connect,
 };
-use crate::wire::{self, Message, Refused, RefusedCode};
+use crate::wire::{self, Message, Refused, RefusedCode, RunTable};
 
 use super::bulk::{self, WorkError};
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, here};
 use super::postcopy::server::PageServer;
 use super::precopy::Bulk;
+use super::queue::Chunk;
 use super::wires::{MainLine, shorter};
 
 /// What wakes the source's conductor. The number is the epoch of the connection.
@@ -187,6 +188,13 @@ impl Link {
             std::thread::Builder::new().name("bulk".to_owned()).spawn(run).map_err(here)?;
         }
         Ok(())
+    }
+
+    /// Sends pages on the main channel, in order with what is said there.
+    pub fn send_on_main(&self, chunk: &Chunk, bulk: &Bulk) -> Result<(), MigrateError> {
+        let mut table = RunTable::new();
+        bulk::send_chunk(chunk, &mut table, self.main.sender(), &bulk.views, &bulk.counters, None)
+            .map_err(|e| MigrateError::new(Ending::PeerFailed, Side::Link, e))
     }
 
     /// Says something on the main channel.

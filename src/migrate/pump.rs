@@ -4,6 +4,7 @@ use std::io;
 use std::sync::mpsc::Sender as EventSender;
 use std::sync::{Arc, OnceLock};
 
+use nix::libc::ESRCH;
 use thiserror::Error;
 
 use crate::memory::PageRun;
@@ -22,6 +23,8 @@ pub enum Brought {
     Message(Message),
     /// The channel is over, and why.
     Lost(String),
+    /// The `vmrun` whose memory pages were to go to is gone.
+    HostGone,
 }
 
 #[derive(Debug, Error)]
@@ -49,9 +52,11 @@ pub fn run<E>(
         let brought = match step(&mut receiver, placer, &mut buffer) {
             Ok(None) => continue,
             Ok(Some(message)) => Brought::Message(message),
+            // Of a process that is ending, its memory goes before its connections.
+            Err(PumpError::Place(error)) if error.raw_os_error() == Some(ESRCH) => Brought::HostGone,
             Err(error) => Brought::Lost(error.to_string()),
         };
-        let is_last = matches!(brought, Brought::Lost(_));
+        let is_last = matches!(brought, Brought::Lost(_) | Brought::HostGone);
         let is_machine = matches!(brought, Brought::Message(Message::Machine(_)));
         if events.send(wrap(brought)).is_err() || is_last {
             return;

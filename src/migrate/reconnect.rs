@@ -8,7 +8,7 @@ use crate::wire::ResumePhase;
 use super::handover::{Handover, TICK};
 use super::link::Link;
 use super::outcome::{Ending, MigrateError, Side};
-use super::serving::Heard;
+use super::postcopy::heard::Heard;
 
 /// Between two tries to reach the destination: doubled each time from the first to the last.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
@@ -47,7 +47,9 @@ impl Handover<'_, '_> {
                 Ok((link, ack)) => {
                     m.link = Some(link);
                     m.phase = "switchover";
-                    self.heard = Heard { fetching: ack.fetching, ..Heard::default() };
+                    let total = m.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_pages());
+                    self.heard = Heard::new(ack.fetching, total);
+                    self.done = None;
                     self.follow_up.extend(phase_input(ack.resume_phase));
                     return Ok(());
                 }

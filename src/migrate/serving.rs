@@ -4,48 +4,39 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::memory::PageSet;
 use crate::switchover::SourceInput;
-use crate::wire::{Done, FrameType, Message, PageBitmap};
+use crate::wire::Message;
 
 use super::handover::{Handover, TICK};
 use super::link::Event;
 use super::outcome::{Ending, MigrateError, Side, here};
+use super::postcopy::heard::Beginning;
+use super::postcopy::owed::Owed;
 use super::postcopy::server::PageServer;
-
-/// What the destination has said of its pages on the connection that stands.
-#[derive(Debug, Default)]
-pub(super) struct Heard {
-    /// It has said, coming back, that pages are missing.
-    pub fetching: bool,
-    /// The parts of the set of pages that it has.
-    pub received: Vec<PageBitmap>,
-    /// Pages that were asked for before anybody could answer.
-    pub requests: Vec<u64>,
-    /// It has everything.
-    pub done: Option<Done>,
-}
 
 impl Handover<'_, '_> {
     /// Whether the guest runs at the destination without all its pages.
     pub(super) fn owes(&self) -> bool {
-        self.heard.fetching || (self.migration.server.is_some() && !self.migration.hello.resume)
+        self.heard.is_fetching() || (self.migration.server.is_some() && !self.migration.hello.resume)
     }
 
     /// Sends what is owed until the destination has said that nothing is missing.
     pub(super) fn serve(&mut self) -> Result<(), MigrateError> {
         self.migration.phase = "postcopy";
-        if !self.heard.fetching {
+        if !self.heard.is_fetching() {
             self.push()?;
         }
         let mut shown = Instant::now();
         loop {
-            if let Some(done) = self.heard.done.take() {
+            if let Some(done) = self.done.take() {
                 self.migration.latency = done.latency;
                 return Ok(());
             }
-            if self.heard.fetching && self.begin_again()? {
-                self.heard.fetching = false;
+            let whole = self.heard.whole();
+            if let Some(beginning) =
+                whole.map_err(|why| MigrateError::new(Ending::Resumable, Side::Destination, why))?
+            {
+                self.begin_again(beginning)?;
             }
             let mut lost = None;
             match self.migration.inbox.recv_timeout(TICK) {
@@ -79,15 +70,15 @@ impl Handover<'_, '_> {
 
     fn hear(&mut self, message: Message) -> Result<(), MigrateError> {
         match message {
-            Message::Done(done) => self.heard.done = Some(done),
-            Message::Received(part) => self.heard.received.push(part),
-            // Said before the connection could serve; by now it may.
-            Message::PageRequest(pages) if !self.heard.fetching => {
+            Message::Done(done) => self.done = Some(done),
+            Message::Received(part) => self.heard.received(&part),
+            Message::PageRequest(pages) => {
+                // Said before the connection could serve; by now it may.
+                let pages = self.heard.requested(pages);
                 if let Some(link) = &self.migration.link {
                     let _ = link.answer(&pages);
                 }
             }
-            Message::PageRequest(pages) => self.heard.requests.extend(pages),
             Message::Abort(abort) => {
                 return Err(MigrateError::new(Ending::Lost, Side::Destination, abort.reason));
             }
@@ -118,7 +109,7 @@ impl Handover<'_, '_> {
         self.reconnect(None)?;
         self.migration.phase = "postcopy";
         match self.follow_up.pop() {
-            Some(SourceInput::Running) => Ok(self.heard.fetching),
+            Some(SourceInput::Running) => Ok(self.heard.is_fetching()),
             // It has said RUNNING before: nothing else is true of the guest's own receiver.
             _ => Err(MigrateError::new(
                 Ending::Unknown,
@@ -128,38 +119,24 @@ impl Handover<'_, '_> {
         }
     }
 
-    /// Once RECEIVED is whole: opens the channels anew and sends what is missing. `false`: not yet.
-    fn begin_again(&mut self) -> Result<bool, MigrateError> {
-        let Some(bulk) = self.migration.bulk.clone() else {
-            return Err(here("the guest's RAM is not at hand"));
-        };
-        let total = bulk.views.ram().map().total_pages();
-        let heard: usize = self.heard.received.iter().map(|part| part.words.len()).sum();
-        if (heard as u64) < total.div_ceil(64) {
-            return Ok(false);
-        }
-        let mut words = vec![0; total.div_ceil(64) as usize];
-        for part in std::mem::take(&mut self.heard.received) {
-            part.put_into(FrameType::Received, &mut words)
-                .map_err(|e| MigrateError::new(Ending::Resumable, Side::Destination, e))?;
-        }
-        let mut owed = PageSet::full(total);
-        owed.subtract(&PageSet::from_words(words, total));
-        self.migration.observer.note(&format!("going on: {} pages are missing", owed.count()));
-        let server = Arc::new(PageServer::new(&owed));
-        self.migration.server = Some(server.clone());
-        let requests = std::mem::take(&mut self.heard.requests);
+    /// Opens the channels anew and sends what is missing.
+    fn begin_again(&mut self, beginning: Beginning) -> Result<(), MigrateError> {
         let m = &mut *self.migration;
-        let Some(link) = &mut m.link else { return Ok(false) };
+        let Some(bulk) = m.bulk.clone() else { return Err(here("the guest's RAM is not at hand")) };
+        let owed = Owed::anew(&beginning.received, m.server.as_ref().map(|s| s.owed_now()));
+        m.observer.note(&format!("going on: {} pages are missing", owed.left()));
+        m.postcopy_pages.get_or_insert(owed.left());
+        let server = Arc::new(PageServer::new(owed));
+        m.server = Some(server.clone());
+        let Some(link) = &mut m.link else { return Ok(()) };
         // A connection that breaks here is noticed by its reader, and comes back like any other.
         if let Err(error) = link.open_channels(m.options, &m.hello) {
             let _ = m.events.send(Event::Lost(m.attempt.epoch, error.cause));
-            return Ok(true);
+            return Ok(());
         }
         link.serve(&server, &bulk);
-        let _ = link.answer(&requests);
-        self.push()?;
-        Ok(true)
+        let _ = link.answer(&beginning.requests);
+        self.push()
     }
 
     /// The operator's time for reconnecting is over.

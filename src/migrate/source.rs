@@ -68,10 +68,14 @@ pub struct Migration<'a> {
     pub(super) digest: Option<String>,
     /// Postcopy: what is owed to the guest that runs at the destination.
     pub(super) server: Option<Arc<PageServer>>,
+    /// Postcopy: how many pages were owed at first.
+    pub(super) postcopy_pages: Option<u64>,
     pub(super) latency: Option<serde_json::Value>,
     may_postcopy: bool,
     /// Postcopy at once: the pages that had memory just before the pause.
     pub(super) resident: Option<PageSet>,
+    /// The pages that the last pass had to send: what was dirtied during the one before it.
+    pub(super) last_set: Option<PageSet>,
     pub(super) hashing: Option<JoinHandle<std::io::Result<String>>>,
     last_progress: Instant,
     pass_started: (Instant, u64),
@@ -142,9 +146,11 @@ impl<'a> Migration<'a> {
             downtime: Downtime::default(),
             digest: None,
             server: None,
+            postcopy_pages: None,
             latency: None,
             may_postcopy: false,
             resident: None,
+            last_set: None,
             hashing: None,
             last_progress: Instant::now(),
             pass_started: (Instant::now(), 0),
@@ -165,6 +171,7 @@ impl<'a> Migration<'a> {
     fn connect(&mut self, machine: &crate::state::MachineDescription) -> Result<(), MigrateError> {
         let (link, ack) = Link::connect(self.options, self.attempt, &self.hello, &self.events)?;
         self.observer.note(&format!("connected to {} ({})", ack.host, self.options.dest));
+        crate::sys::sandbox::try_forbidden("send");
         self.may_postcopy = ack.features.iter().any(|f| f == wire::POSTCOPY);
         self.link = Some(link);
         self.say(&Message::Machine(wire::JsonBody::of(machine).map_err(here)?));
@@ -193,7 +200,8 @@ impl<'a> Migration<'a> {
             self.pass_started = (Instant::now(), bulk.counters.get().0);
             let pass = Pass { number, set: &set, guest_runs: true, first: number == 1 };
             let mut report = bulk.run_pass(&pass, self)?;
-            set = self.vm.dirty_take(total).map_err(here)?;
+            let sent = std::mem::replace(&mut set, self.vm.dirty_take(total).map_err(here)?);
+            self.last_set = (number > 1).then_some(sent);
             report.dirty_after_pages = set.count();
             self.history.push(report);
             self.tick_now(number, set.count());
@@ -337,7 +345,7 @@ impl<'a> Migration<'a> {
             session: self.attempt.session.to_string(),
             total_ms: ms(self.started.elapsed()),
             passes: self.history.len() as u32 + u32::from(self.server.is_none()),
-            postcopy_pages: self.server.as_ref().map(|s| s.initially_owed()),
+            postcopy_pages: self.postcopy_pages,
             latency: self.latency.clone(),
             memory_bytes: self.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_bytes()),
             wire_bytes: self.link.as_ref().map_or(0, Link::bytes_sent),

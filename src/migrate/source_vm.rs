@@ -19,6 +19,15 @@ pub struct SourceVm {
     bitmap: Option<File>,
 }
 
+/// What an export gives.
+#[derive(Debug)]
+pub struct Export {
+    /// The saved state.
+    pub state: Vec<u8>,
+    /// Pages of RAM (dense numbers) that restoring it touches, then those that the vCPUs touch first.
+    pub first_touched: Vec<u64>,
+}
+
 impl SourceVm {
     /// Connects to the `vmrun` at `path`.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
@@ -62,15 +71,15 @@ impl SourceVm {
         self.client.dirty_stop()
     }
 
-    /// The saved state of the paused guest.
-    pub fn export(&mut self) -> Result<Vec<u8>, ClientError> {
+    /// Saves the state of the paused guest.
+    pub fn export(&mut self) -> Result<Export, ClientError> {
         let (blob, memfd) = self.client.export()?;
         if blob.bytes > MAX_STATE_BYTES as u64 {
             return Err(self.broken(io::Error::other(format!("a state of {} bytes", blob.bytes))));
         }
         let mut state = vec![0; blob.bytes as usize];
         File::from(memfd).read_exact_at(&mut state, 0).map_err(|e| self.broken(e))?;
-        Ok(state)
+        Ok(Export { state, first_touched: blob.first_touched })
     }
 
     fn broken(&self, source: io::Error) -> ClientError {

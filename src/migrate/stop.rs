@@ -9,10 +9,23 @@ use crate::memory::{PageIndex, PageRun, PageSet};
 use crate::wire::{self, Message};
 
 use super::outcome::{MigrateError, here, ms};
+use super::postcopy::owed::Owed;
 use super::postcopy::server::PageServer;
 use super::precopy::{Bulk, Conductor, Pass};
+use super::queue::Chunk;
 use super::ram::DataCursor;
 use super::source::{Finish, Migration};
+use super::source_vm::Export;
+
+/// The most pages that go ahead of the guest in postcopy: what fits one frame.
+const MAX_AHEAD_PAGES: usize = 256;
+
+/// What is left to send when the guest stands still.
+struct Left {
+    pages: PageSet,
+    /// Those that it was writing to at last, and maybe others.
+    hot: PageSet,
+}
 
 impl Migration<'_> {
     /// Pauses the guest, and sends all that is left or says what comes later. From here on the clock
@@ -30,21 +43,22 @@ impl Migration<'_> {
         self.paused = true;
         self.vm.client.pause(true).map_err(here)?;
         self.downtime.pause_ms = lap();
-        let state = self.vm.export().map_err(here)?;
+        let Export { state, first_touched } = self.vm.export().map_err(here)?;
         self.downtime.export_ms = lap();
         // Saving may itself have dirtied pages: the last take comes after it (D1).
-        let left = self.left(&bulk)?;
+        let Left { mut pages, hot } = self.left(&bulk)?;
         self.say(&Message::State(state));
         let postcopy = matches!(finish, Finish::Postcopy { .. });
         match finish {
             Finish::LastPass { number } => {
-                self.last_pass(number, &left, &bulk)?;
+                self.last_pass(number, &pages, &bulk)?;
                 self.downtime.last_pass_ms = lap();
                 self.await_digest()?;
                 self.downtime.verify_ms = lap();
             }
             Finish::Postcopy { .. } => {
-                self.owe(&left, &bulk);
+                self.send_ahead(&first_touched, &mut pages, &bulk)?;
+                self.owe(pages, hot, &bulk);
                 self.downtime.last_pass_ms = lap();
             }
         }
@@ -69,18 +83,40 @@ impl Migration<'_> {
         Ok(Finish::Postcopy { after_pass: 0 })
     }
 
-    /// The pages that the destination has not, or has stale.
-    pub(super) fn left(&mut self, bulk: &Bulk) -> Result<PageSet, MigrateError> {
+    /// What the destination has not, or has stale.
+    fn left(&mut self, bulk: &Bulk) -> Result<Left, MigrateError> {
         let total = bulk.views.ram().map().total_pages();
-        let mut set = self.vm.dirty_take(total).map_err(here)?;
-        if let Some(resident) = self.resident.take() {
-            set.union(&resident);
+        let dirty = self.vm.dirty_take(total).map_err(here)?;
+        Ok(match (self.resident.take(), self.last_set.take()) {
+            // Postcopy at once: what was written to since the look.
+            (Some(mut pages), _) => {
+                pages.union(&dirty);
+                Left { pages, hot: dirty }
+            }
+            // What was written to in two passes in a row.
+            (None, Some(hot)) => Left { pages: dirty, hot },
+            (None, None) => Left { pages: dirty, hot: PageSet::new(total) },
+        })
+    }
+
+    /// Sends those of the pages that are touched first which the destination lacks, in order with END:
+    /// when it imports the state, nobody waits for them.
+    fn send_ahead(&mut self, first: &[u64], left: &mut PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
+        let mut chunk = Chunk::default();
+        for page in first.iter().map(|page| PageIndex(*page)) {
+            if chunk.pages.len() < MAX_AHEAD_PAGES && left.contains(page) {
+                left.remove(page);
+                chunk.pages.push(PageRun { first: page, pages: 1 });
+            }
         }
-        Ok(set)
+        match &self.link {
+            Some(link) => link.send_on_main(&chunk, bulk),
+            None => Ok(()),
+        }
     }
 
     /// Sends the last pass while the guest stands still, hashing meanwhile if that is wanted.
-    pub(super) fn last_pass(&mut self, number: u32, set: &PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
+    fn last_pass(&mut self, number: u32, set: &PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
         if self.options.verify {
             let views = bulk.views.clone();
             self.hashing = Some(std::thread::spawn(move || views.ram().digest()));
@@ -89,7 +125,7 @@ impl Migration<'_> {
         bulk.run_pass(&pass, self).map(drop)
     }
 
-    pub(super) fn await_digest(&mut self) -> Result<(), MigrateError> {
+    fn await_digest(&mut self) -> Result<(), MigrateError> {
         if let Some(hashing) = self.hashing.take() {
             let digest = hashing.join().map_err(|_| here("hashing RAM panicked"))?.map_err(here)?;
             self.digest = Some(digest);
@@ -98,13 +134,15 @@ impl Migration<'_> {
     }
 
     /// Says which pages come later, and answers requests for them from here on.
-    pub(super) fn owe(&mut self, left: &PageSet, bulk: &Bulk) {
+    fn owe(&mut self, left: PageSet, hot: PageSet, bulk: &Bulk) {
         for part in wire::PageBitmap::parts(left.words()) {
             self.say(&Message::Missing(part));
         }
         // The workers of the passes are done; the background push comes after RUNNING.
         bulk.queue.stop();
-        let server = Arc::new(PageServer::new(left));
+        let owed = Owed::new(left, hot);
+        self.postcopy_pages = Some(owed.left());
+        let server = Arc::new(PageServer::new(owed));
         if let Some(link) = &self.link {
             link.serve(&server, bulk);
         }

@@ -8,5 +8,7 @@ pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
+pub mod sandbox;
+pub mod spawn;
 pub mod uffd;
 pub mod view;

@@ -1,17 +1,14 @@
 //! A child process at the other end of two pipes.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use nix::unistd::Pid;
 
-use super::{CancelToken, Stream, StreamError};
+use super::{Address, CancelToken, Stream, StreamError};
+use crate::sys::spawn::{Io, Program, Running};
 
 /// How long an error waits for the child's exit status, so that it can name it.
 const STATUS_WAIT: Duration = Duration::from_millis(500);
@@ -22,21 +19,29 @@ const GRACE: Duration = Duration::from_secs(1);
 /// The size of each pipe, where the system allows it.
 const PIPE_BYTES: i32 = 1 << 20;
 
+/// What connecting to `address` starts: for whoever confines this process.
+pub fn program(address: &Address) -> Option<Program> {
+    match address {
+        Address::Exec(command) => Some(shell(command)),
+        Address::Tcp { .. } | Address::Unix(_) | Address::Stdio => None,
+    }
+}
+
+/// It ignores SIGINT: Ctrl-C reaches the whole foreground group, and after the fence the link must
+/// not die of it.
+fn shell(command: &str) -> Program {
+    let script = format!("trap '' INT\n{command}");
+    Program { argv: vec!["/bin/sh".into(), "-c".into(), script.into()], io: Io::Pipes }
+}
+
 /// Starts `sh -c command`; what it prints is read, what is written is its input. Its error output
-/// is ours. It ignores SIGINT: Ctrl-C reaches the whole foreground group, and after the fence the
-/// link must not die of it.
+/// is ours.
 pub(super) fn connect(command: &str, cancel: &CancelToken) -> Result<Stream, StreamError> {
     let name = format!("exec:{command}");
     let failed = |e: io::Error| StreamError::Connect { peer: name.clone(), cause: e.to_string() };
     cancel.check()?;
-    let mut child = Command::new("/bin/sh")
-        .args(["-c", &format!("trap '' INT\n{command}")])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .spawn()
-        .map_err(failed)?;
-    let pipes = child.stdin.take().map(OwnedFd::from).zip(child.stdout.take().map(OwnedFd::from));
+    let mut child = shell(command).start().map_err(failed)?;
+    let pipes = child.pipes.take();
     let child = Child::watch(child).map_err(failed)?;
     let (write, read) = pipes.ok_or_else(|| failed(io::Error::other("no pipes")))?;
     for pipe in [&read, &write] {
@@ -61,20 +66,20 @@ struct State {
 
 #[derive(Debug)]
 struct Watched {
-    child: std::process::Child,
+    child: Running,
     /// Set in the same breath as the child is reaped: while it is `None`, the pid is the child's.
     status: Option<io::Result<ExitStatus>>,
 }
 
 impl Child {
-    fn watch(child: std::process::Child) -> io::Result<Self> {
-        let pid = Pid::from_raw(child.id() as i32);
+    fn watch(child: Running) -> io::Result<Self> {
+        let end = child.watch()?;
         let state =
             Arc::new(State { child: Mutex::new(Watched { child, status: None }), ended: Condvar::new() });
         let theirs = state.clone();
         let watcher = std::thread::Builder::new().name("exec-wait".into()).spawn(move || {
             // Wait without reaping, then reap under the lock, so that nobody kills a stranger.
-            while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(Errno::EINTR) {}
+            end.wait();
             let mut watched = theirs.lock();
             watched.status = Some(watched.child.wait());
             theirs.ended.notify_all();

@@ -34,6 +34,7 @@ pub use cancel::CancelToken;
 pub use channel::{Channel, ChannelOptions, ChannelRole, ChannelStats};
 pub use connect::{Listener, connect};
 pub use error::{ChannelError, StreamError};
+pub use exec::program;
 pub use keepalive::Heartbeat;
 pub use rate::RateLimiter;
 pub use receiver::{Frame, PagesFrame, Receiver};

@@ -11,8 +11,9 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use super::cancel::PollError;
 use super::{CancelToken, Stream, StreamError};
 
-/// How long a queue of callers may wait for `accept`.
-const BACKLOG: i32 = 64;
+/// How long a queue of callers may wait for `accept`: room for many that say nothing, so that one that
+/// means it need not knock again.
+const BACKLOG: i32 = 1024;
 
 /// Connects to `host`:`port`, trying every address of the name, within `timeout` in all.
 pub(super) fn connect(

@@ -45,6 +45,8 @@ pub struct LocalConfig {
     pub serial: SerialBackend,
     /// `--remap ID=VALUE`: host paths by device id.
     pub remaps: BTreeMap<String, String>,
+    /// Pages may come after the guest, so that this host has to serve its page faults.
+    pub postcopy: bool,
     /// Where an import fails on purpose, for drills: `import:SECTION` or `vcpu:NUMBER:GROUP`, for
     /// example `import:serial` or `vcpu:1:lapic`. Without it, the environment variable
     /// `VMFERRY_FAULT_POINT` counts.

@@ -17,12 +17,13 @@ use super::fault::FaultPoint;
 use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
-use super::vcpu::{Job, Round, VcpuGroup};
+use super::vcpu::{Job, Round, SavedVcpu, VcpuGroup};
 use super::virtio::{Device, HostEnd, Kind, VirtioSlots};
 use super::x86::save::VcpuLayout;
+use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
-use super::{Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
-use crate::memory::{PageRun, PageSet};
+use super::{Exported, Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
+use crate::memory::{GuestPhysAddr, PageIndex, PageRun, PageSet};
 use crate::state::{
     CLOCK_VERSION, DeviceDescription, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem,
     SERIAL_VERSION, TscFrequency,
@@ -123,6 +124,9 @@ impl Machine {
         let host = HostAbilities::of_this_host(&kvm)?;
         let mut problems = preflight::problems(desc, &host);
         problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
+        if local.postcopy {
+            problems.extend(preflight::userfaultfd_problem());
+        }
         let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
             None => local.serial.clone(),
             Some(Ok(backend)) => backend,
@@ -459,7 +463,9 @@ fn arriving_devices(
 }
 
 /// The rest of an export, on the thread of the vCPU that was read last.
-fn export(parts: &Parts, vcpus: Vec<crate::state::Section>) -> Result<Vec<u8>, VmmError> {
+fn export(parts: &Parts, vcpus: Vec<SavedVcpu>) -> Result<Exported, VmmError> {
+    let (vcpus, roots): (Vec<_>, Vec<_>) = vcpus.into_iter().unzip();
+    let first_touched = first_touched(&parts.ram, &roots);
     let save = |(_, slot): (u32, &super::virtio::Slot)| Ok((slot.kind(), slot.save()?));
     let virtio = parts.bus.virtio.iter().map(save).collect::<Result<_, VmmError>>()?;
     let vm = VmParts {
@@ -469,11 +475,24 @@ fn export(parts: &Parts, vcpus: Vec<crate::state::Section>) -> Result<Vec<u8>, V
         serial: parts.bus.serial.save(),
         virtio,
     };
-    let saved = saved::write(vcpus, &vm)?;
+    let state = saved::write(vcpus, &vm)?;
     // Written while all of that was saved, as a rule. Once the guest runs elsewhere, this process may
     // be killed at any time, and must have nothing left of it.
     parts.bus.serial.drain();
-    Ok(saved)
+    Ok(Exported { state, first_touched })
+}
+
+/// The pages that restoring the vCPUs touches, then those that they touch first, each once.
+fn first_touched(ram: &GuestRam, roots: &[Roots]) -> Vec<PageIndex> {
+    let read = |at: u64| {
+        let mut bytes = [0; 8];
+        ram.read(GuestPhysAddr(at), &mut bytes).ok().map(|()| u64::from_le_bytes(bytes))
+    };
+    let shared = roots.iter().flat_map(|r| r.shared().iter().copied());
+    let first = roots.iter().flat_map(|r| r.first(read));
+    let mut seen = std::collections::HashSet::new();
+    let pages = shared.chain(first).filter_map(|at| ram.map().page_of(GuestPhysAddr(at)));
+    pages.filter(|page| seen.insert(*page)).collect()
 }
 
 type Import = (Vec<super::x86::restore::VcpuImage>, clock::TscRule);

@@ -27,5 +27,5 @@ pub use error::{PrepareError, VmmError};
 pub use host::{HostAbilities, open_kvm};
 pub use machine::Machine;
 pub use memory::GuestRam;
-pub use notice::{GuestExit, Notice, NoticeReceiver, NoticeSender, SyncTimes};
+pub use notice::{Exported, GuestExit, Notice, NoticeReceiver, NoticeSender, SyncTimes};
 pub use preflight::problems;

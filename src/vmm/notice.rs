@@ -7,19 +7,28 @@ use std::sync::mpsc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::VmmError;
+use crate::memory::PageIndex;
 
 /// News from a machine's threads.
 #[derive(Debug)]
 pub enum Notice {
     /// Every vCPU is out of guest mode, with its last I/O completed. Answers `request_pause`.
     Paused,
-    /// The saved state ([`crate::state::write_sections`]), or why there is none. Answers
-    /// `request_export`.
-    Exported(Result<Vec<u8>, VmmError>),
+    /// What was saved, or why it could not be. Answers `request_export`.
+    Exported(Result<Exported, VmmError>),
     /// Devices are restored and every vCPU is in KVM, or why not. Answers `request_import`.
     Synchronised(Result<SyncTimes, VmmError>),
     /// The guest has ended; no vCPU enters guest mode again.
     Exit(GuestExit),
+}
+
+/// What an export gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exported {
+    /// The saved state ([`crate::state::write_sections`]).
+    pub state: Vec<u8>,
+    /// The pages that restoring it touches, then those that the vCPUs touch first.
+    pub first_touched: Vec<PageIndex>,
 }
 
 /// How long an import took, in microseconds.

@@ -6,6 +6,7 @@ use super::x86::{cpuid, features, msrs};
 use crate::state::{
     CLOCK_VERSION, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem, SERIAL_VERSION,
 };
+use crate::sys::uffd::FaultFd;
 
 /// How far apart two TSCs may be without scaling, in parts per million: what Linux's NTP can still
 /// correct is 500, and QEMU draws the line here too.
@@ -89,6 +90,16 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
         say("device", format!("two devices have the id {}", device.id));
     }
     out
+}
+
+/// Why page faults of a guest cannot be served here, if they cannot.
+pub fn userfaultfd_problem() -> Option<Problem> {
+    let error = FaultFd::new().err()?;
+    let text = format!(
+        "pages are to come after the guest (postcopy), and the receiver cannot make a userfaultfd: {error} \
+         (vmrun needs access to /dev/userfaultfd, or CAP_SYS_PTRACE)"
+    );
+    Some(Problem { topic: "userfaultfd".into(), text })
 }
 
 /// Ids in `remaps` that name no device of the machine.

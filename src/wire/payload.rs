@@ -59,9 +59,13 @@ impl Hello {
 
     /// Bulk channels, and with postcopy the urgent one, which comes last.
     pub fn all_channels(&self) -> u32 {
-        let urgent = self.channels > 0
-            && self.features.iter().any(|f| f.trim_start_matches("must:") == super::POSTCOPY);
+        let urgent = self.channels > 0 && self.wants_postcopy();
         self.channels.saturating_add(u32::from(urgent))
+    }
+
+    /// Whether pages may come after the guest.
+    pub fn wants_postcopy(&self) -> bool {
+        self.features.iter().any(|f| f.trim_start_matches("must:") == super::POSTCOPY)
     }
 }
 

@@ -176,7 +176,7 @@ fn a_machine_that_is_slow_to_make_holds_up_no_question_and_goes_with_its_receive
         }
         let machine = machine.clone();
         let (stalled, doing) = Stalled::while_doing(&vmrun, move || {
-            let made = receiver.prepare(attempt(n, 1), &machine, vec![]);
+            let made = receiver.prepare(attempt(n, 1), &machine, vec![], false);
             (!dies).then_some((receiver, made))
         });
         assert_eq!(vmrun.status().run_state, RunState::Empty);
@@ -202,7 +202,7 @@ fn a_machine_that_is_slow_to_make_holds_up_no_question_and_goes_with_its_receive
             assert!(refused.contains("busy"), "{refused}");
             assert_eq!(receiver.status().unwrap().run_state, RunState::Loading);
             assert_eq!(
-                receiver.promise(attempt(n, 1)).unwrap_err().code(),
+                receiver.promise(attempt(n, 1), false).unwrap_err().code(),
                 Some(FailureCode::Refused),
                 "nothing was imported"
             );

@@ -28,10 +28,10 @@ const MOMENTS: &[(Way, FrameType)] = &[
 ];
 
 /// Random enough, and the same again for the same seed.
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+    pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % sides
     }
@@ -93,8 +93,7 @@ fn disturbed(scene: &Scene, from: &Host, to: &mut Receiver, dice: &mut Dice) -> 
     }
     let end = send.end();
     // What is not settled is settled through a link that works: the recorded destination is this one.
-    if (end.code == 7 || end.code < 0) && is_committed(from) && to.program.is_running() {
-        from.await_status("the dead vmsend is gone", |s| !s.mover_attached);
+    if (end.code == 7 || end.code < 0) && stays_committed(from) && to.program.is_running() {
         let resumed = scene.resume(from, &[]).end();
         eprintln!("resumed: {} {}", resumed.code, resumed.stderr.trim());
         return resumed;
@@ -102,10 +101,16 @@ fn disturbed(scene: &Scene, from: &Host, to: &mut Receiver, dice: &mut Dice) -> 
     end
 }
 
-/// Whether that vmrun is there and has committed its guest.
-fn is_committed(host: &Host) -> bool {
-    let status = Client::connect(&host.control, "test").ok().and_then(|mut c| c.status().ok());
-    status.is_some_and(|s| matches!(s.ownership, Ownership::Committed { .. }))
+/// Whether that vmrun, once it has noticed that its vmsend is gone and done what that had still asked
+/// for, is there and holds a committed guest.
+fn stays_committed(host: &Host) -> bool {
+    until("it is clear how things stand", || {
+        let Ok(mut client) = Client::connect(&host.control, "test") else { return Some(false) };
+        let status = client.status().ok()?;
+        let leaving = matches!(status.ownership, Ownership::Released { .. });
+        (!status.mover_attached && !leaving && status.run_state != RunState::Pausing)
+            .then_some(matches!(status.ownership, Ownership::Committed { .. }))
+    })
 }
 
 /// Checks that the exit code was true, and has the operator decide what is left open; whether the
@@ -129,13 +134,7 @@ fn settle(scene: &Scene, from: &Host, to: &mut Receiver, end: &End) -> bool {
         }
         // vmsend was killed, or could not reach the other side any more.
         -9 | 7 => {
-            let open = until("it is clear how things stand", || {
-                let Ok(mut client) = Client::connect(&from.control, "test") else { return Some(false) };
-                let status = client.status().ok()?;
-                let leaving = matches!(status.ownership, Ownership::Released { .. });
-                (!status.mover_attached && !leaving && status.run_state != RunState::Pausing)
-                    .then_some(matches!(status.ownership, Ownership::Committed { .. }))
-            });
+            let open = stays_committed(from);
             if Client::connect(&from.control, "test").is_err() {
                 to.await_running();
                 return true;

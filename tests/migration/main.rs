@@ -17,4 +17,6 @@ mod network;
 mod postcopy;
 mod precopy;
 mod receiver;
+mod recovery;
+mod sandbox;
 mod switchover;

@@ -13,26 +13,26 @@ use crate::scene::{Host, Receiver, Scene, Vmrun, kvm};
 
 /// Switches at once, and pushes so slowly that the guest is first at most of its pages, which takes
 /// the guest of [`Pair`] seconds.
-const SLOWLY: &[&str] = &["--mode", "postcopy", "--bwlimit", "512K"];
+pub const SLOWLY: &[&str] = &["--mode", "postcopy", "--bwlimit", "512K"];
 
 /// How soon a control socket has to answer: generous, as all CPUs are busy with guests.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// A guest that visits all of its memory in three seconds, and a receiver that is reached through a
 /// link in the test's hand.
-struct Pair {
-    a: Vmrun,
-    b: Receiver,
-    link: Proxy,
-    scene: Scene,
+pub struct Pair {
+    pub a: Vmrun,
+    pub b: Receiver,
+    pub link: Proxy,
+    pub scene: Scene,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::with("")
     }
 
-    fn with(cmdline: &str) -> Self {
+    pub fn with(cmdline: &str) -> Self {
         let scene = Scene::new();
         let a = scene.guest("a", "64M", 1, &format!("fill=24M ws=1M rate=2 scan=1 {cmdline}"));
         let b = scene.receiver("b", &[]);
@@ -41,17 +41,17 @@ impl Pair {
     }
 
     /// A migration whose guest runs at the destination, with pages missing.
-    fn in_postcopy(&self) -> Program {
+    pub fn in_postcopy(&self) -> Program {
         let send = self.scene.send(&self.a, &self.link.address, SLOWLY);
         self.await_postcopy();
         send
     }
 
-    fn await_postcopy(&self) {
+    pub fn await_postcopy(&self) {
         self.b.await_status("it runs without all its pages", lacks_pages);
     }
 
-    fn resume_receiver(&mut self) {
+    pub fn resume_receiver(&mut self) {
         let mut command = self.scene.command("vmrecv");
         command.arg("--json").arg("--resume").arg("--control").arg(&self.b.control);
         self.b.program = self.scene.start("vmrecv-resume", command);
@@ -59,20 +59,20 @@ impl Pair {
 
     /// It is over, and the guest is whole at the destination.
     #[track_caller]
-    fn check_moved(&mut self) {
+    pub fn check_moved(&mut self) {
         self.b.program.end().expect(0, &[]);
         self.a.program.end().expect(0, &["migrated to"]);
         check_whole(&[&self.a, &self.b]);
     }
 }
 
-fn lacks_pages(status: &Status) -> bool {
+pub fn lacks_pages(status: &Status) -> bool {
     status.run_state == RunState::Running && status.missing_pages.is_some_and(|n| n > 0)
 }
 
 /// The guest, on the last of `hosts`, has all its pages and they are right.
 #[track_caller]
-fn check_whole(hosts: &[&Host]) {
+pub fn check_whole(hosts: &[&Host]) {
     let status = hosts[hosts.len() - 1].await_running();
     assert_eq!(status.missing_pages, None, "{status:?}");
     check_alive(hosts);
@@ -80,7 +80,7 @@ fn check_whole(hosts: &[&Host]) {
 
 /// The control socket of `host` answers a new caller soon.
 #[track_caller]
-fn check_answers(host: &Host) -> Status {
+pub fn check_answers(host: &Host) -> Status {
     let asked = Instant::now();
     let status = host.status();
     assert!(asked.elapsed() < AT_ONCE, "{:?}: {status:?}", asked.elapsed());
@@ -226,6 +226,7 @@ fn the_receiver_is_killed_in_postcopy() {
         assert!(lacks_pages(&check_answers(&pair.b)));
         pair.b.vmctl(&["status"]).expect(0, &[]);
     }
+    assert!(pair.b.status().summary.contains("nobody takes them"));
     send.await_note("the connection is lost");
     pair.resume_receiver();
     send.end().expect(0, &[]);
@@ -248,6 +249,23 @@ fn both_movers_are_killed_in_postcopy() {
     pair.check_moved();
 }
 
+// What KVM touches while vCPUs are synchronised is there before that begins.
+#[test]
+fn nobody_waits_for_pages_while_the_vcpus_are_synchronised() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::with("kvmclock=1");
+    let ready = pair.link.hold(Way::ToSource, FrameType::Ready);
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, &["--mode", "postcopy"]);
+    let ready = ready.caught();
+    assert_eq!(pair.link.passed(Way::ToSource, FrameType::PageRequest), 0);
+    assert_eq!(pair.link.passed(Way::ToDest, FrameType::Pages), 1, "the pages that went ahead");
+    ready.pass();
+    send.end().expect(0, &[]);
+    pair.check_moved();
+}
+
 // Row 8.
 #[test]
 fn the_link_is_dead_while_the_vcpus_are_synchronised() {
@@ -255,6 +273,10 @@ fn the_link_is_dead_while_the_vcpus_are_synchronised() {
         return;
     }
     let mut pair = Pair::with("kvmclock=1");
+    // The pages that this touches have gone ahead: the destination is told that it lacks all of them.
+    pair.link.rewrite_bytes(Way::ToDest, FrameType::Missing, |part| {
+        part.iter().enumerate().map(|(i, byte)| if i < 8 { *byte } else { 0xff }).collect()
+    });
     let request = pair.link.hold(Way::ToSource, FrameType::PageRequest);
     let args = ["--mode", "postcopy", "--peer-timeout", "3s"];
     let mut send = pair.scene.send(&pair.a, &pair.link.address, &args);
@@ -276,7 +298,7 @@ fn the_link_is_dead_while_the_vcpus_are_synchronised() {
 }
 
 #[test]
-fn there_and_back_in_postcopy() {
+fn there_and_back_and_there_in_postcopy() {
     if !kvm() {
         return;
     }
@@ -293,6 +315,12 @@ fn there_and_back_in_postcopy() {
     check_result(&scene.send(&b, &back.address, &["--mode", "postcopy", "--bwlimit", "4M"]).end());
     back.program.end().expect(0, &[]);
     check_whole(&[&first, &b, &back]);
+    let second = Host { log: scene.path("log.2"), ..b.host.clone() };
+    std::fs::rename(&b.log, &second.log).unwrap();
+    let mut there = scene.receiver("b", &[]);
+    check_result(&scene.send(&back, &there.address, &["--mode", "postcopy", "--bwlimit", "4M"]).end());
+    there.program.end().expect(0, &[]);
+    check_whole(&[&first, &second, &back, &there]);
 }
 
 // Row 12.

@@ -24,8 +24,8 @@ enum Act {
     Hold,
     /// It is lost, and the link with it.
     Cut,
-    /// Its JSON is changed.
-    Rewrite(Box<dyn FnOnce(&mut Value) + Send>),
+    /// Its payload is changed.
+    Rewrite(Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>),
     /// It comes twice.
     Repeat,
 }
@@ -42,6 +42,7 @@ struct Rule {
 enum Catch {
     Caught,
     LetGo,
+    Lost,
 }
 
 #[derive(Default)]
@@ -102,6 +103,20 @@ impl Proxy {
 
     /// The JSON of the next frame of that kind is changed.
     pub fn rewrite(&self, way: Way, kind: FrameType, change: impl FnOnce(&mut Value) + Send + 'static) {
+        self.rewrite_bytes(way, kind, |payload| {
+            let mut value = serde_json::from_slice(payload).unwrap();
+            change(&mut value);
+            serde_json::to_vec(&value).unwrap()
+        });
+    }
+
+    /// The payload of the next frame of that kind is changed.
+    pub fn rewrite_bytes(
+        &self,
+        way: Way,
+        kind: FrameType,
+        change: impl FnOnce(&[u8]) -> Vec<u8> + Send + 'static,
+    ) {
         self.rule(way, kind, Act::Rewrite(Box::new(change)));
     }
 
@@ -172,13 +187,21 @@ impl Held<'_> {
 
     /// Lets the frame go on.
     pub fn pass(self) {}
+
+    /// Loses the frame, and its connection with all that is on it; others stay.
+    pub fn lose(self) {
+        self.proxy.shared.lock().catches.insert(self.id, Catch::Lost);
+        self.proxy.shared.changed.notify_all();
+    }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let mut state = self.proxy.shared.lock();
         state.rules.retain(|rule| rule.id != self.id);
-        state.catches.insert(self.id, Catch::LetGo);
+        if state.catches.get(&self.id) != Some(&Catch::Lost) {
+            state.catches.insert(self.id, Catch::LetGo);
+        }
         self.proxy.shared.changed.notify_all();
     }
 }
@@ -238,7 +261,10 @@ impl Shared {
             if !read_all(&mut from, &mut bytes[HEADER_BYTES..]) {
                 break;
             }
-            let Some(bytes) = self.decide(way, header, bytes, life) else { break };
+            let Some(bytes) = self.decide(way, header, bytes, life) else {
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                return;
+            };
             if to.write_all(&bytes).is_err() {
                 break;
             }
@@ -268,6 +294,9 @@ impl Shared {
                     .changed
                     .wait_while(state, |s| s.life == life && s.catches.get(&id) == Some(&Catch::Caught))
                     .unwrap_or_else(|e| e.into_inner());
+                if state.catches.get(&id) == Some(&Catch::Lost) {
+                    return None;
+                }
                 bytes
             }
         };
@@ -285,10 +314,8 @@ fn header(bytes: &[u8]) -> Option<Header> {
     Header::decode(bytes.try_into().ok()?).ok()
 }
 
-fn rewritten(header: Header, bytes: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
-    let mut value = serde_json::from_slice(&bytes[HEADER_BYTES..]).unwrap();
-    change(&mut value);
-    let payload = serde_json::to_vec(&value).unwrap();
+fn rewritten(header: Header, bytes: &[u8], change: impl FnOnce(&[u8]) -> Vec<u8>) -> Vec<u8> {
+    let payload = change(&bytes[HEADER_BYTES..]);
     let header = Header { payload_bytes: payload.len() as u32, body_crc: crc32c::crc32c(&payload), ..header };
     [&header.encode()[..], &payload].concat()
 }

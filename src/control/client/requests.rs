@@ -139,8 +139,9 @@ impl Client {
         attempt: Attempt,
         machine: &MachineDescription,
         remap: Vec<Remap>,
+        postcopy: bool,
     ) -> Result<(Prepared, Vec<OwnedFd>), ClientError> {
-        let request = Request::Prepare { attempt, machine: Box::new(machine.clone()), remap };
+        let request = Request::Prepare { attempt, machine: Box::new(machine.clone()), remap, postcopy };
         let (prepared, fds): (Prepared, _) = self.call(&request, &[])?;
         self.fd_per_region(&prepared.ram, &fds)?;
         Ok((prepared, fds))
@@ -193,14 +194,15 @@ impl Client {
         self.call(&Request::Import { attempt, bytes }, &[state.as_fd()]).map(|(value, _)| value)
     }
 
-    /// `promise`: when this returns `Ok`, the record is on disk and READY may be sent.
-    pub fn promise(&mut self, attempt: Attempt) -> Result<(), ClientError> {
-        self.tell(&Request::Promise { attempt })
+    /// `promise`: when this returns `Ok`, the record is on disk and READY may be sent. `paused`: an
+    /// operator had paused the guest, and it stays so.
+    pub fn promise(&mut self, attempt: Attempt, paused: bool) -> Result<(), ClientError> {
+        self.tell(&Request::Promise { attempt, paused })
     }
 
-    /// `run`; `paused`: an operator had paused the guest, and it stays so.
-    pub fn run(&mut self, attempt: Attempt, paused: bool) -> Result<Status, ClientError> {
-        self.ask(&Request::Run { attempt, paused })
+    /// `run`
+    pub fn run(&mut self, attempt: Attempt) -> Result<Status, ClientError> {
+        self.ask(&Request::Run { attempt })
     }
 
     /// `revoke`

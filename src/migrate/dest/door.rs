@@ -68,6 +68,7 @@ impl Arrival<'_> {
         };
         self.started = Instant::now();
         self.observer.note(&format!("receiving {:?} from {}", hello.vm_name, hello.host));
+        crate::sys::sandbox::try_forbidden("receive");
         let ack = self.hello_ack(&agreed, None);
         self.session = Some(Session::new(attempt, hello));
         self.step = DestStep::Loading;

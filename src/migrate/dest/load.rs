@@ -24,7 +24,7 @@ impl Arrival<'_> {
         if session.machine().is_some() {
             return self.fail("MACHINE came twice");
         }
-        match self.host.prepare(session.attempt, &machine) {
+        match self.host.prepare(session.attempt, &machine, session.hello.wants_postcopy()) {
             Ok(ram) => {
                 let _ = session.placer.set(Some(Placer::new(ram)));
                 self.say(&Message::Accepted)

@@ -255,6 +255,7 @@ impl<'a> Arrival<'a> {
             Event::Main(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(message) => self.on_message(message),
                 Brought::Lost(why) => self.on_lost(&why).map(|()| None),
+                Brought::HostGone => self.on_host_gone().map(|()| None),
             },
             Event::Bulk(attempt, brought) if self.is_current(attempt) => match brought {
                 Brought::Message(Message::Barrier { pass }) => self.on_barrier(pass).map(|()| None),
@@ -263,6 +264,7 @@ impl<'a> Arrival<'a> {
                     Ok(None)
                 }
                 Brought::Lost(why) => self.on_bulk_lost(&why).map(|()| None),
+                Brought::HostGone => self.on_host_gone().map(|()| None),
             },
             Event::Imported(attempt, result) if self.is_session(attempt) => {
                 self.on_imported(result).map(|()| None)

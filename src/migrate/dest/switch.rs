@@ -161,7 +161,7 @@ impl Arrival<'_> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let attempt = session.attempt;
         match action {
-            DestAction::Promise => match self.host.client.promise(attempt) {
+            DestAction::Promise => match self.host.client.promise(attempt, session.stays_paused) {
                 Ok(_) => Ok(()),
                 Err(error) => self.fail(error),
             },
@@ -172,7 +172,7 @@ impl Arrival<'_> {
             DestAction::Run => {
                 session.run_passed_on = true;
                 let start = Instant::now();
-                match self.host.client.run(attempt, session.stays_paused) {
+                match self.host.client.run(attempt) {
                     Ok(_) => {
                         session.run_us = start.elapsed().as_micros() as u64;
                         Ok(())

@@ -1,6 +1,5 @@
 //! The receiver's pager: faults in, requests out, pages into place.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,6 +17,7 @@ use crate::wire::Message;
 use crate::wire::limits::MAX_REQUESTED_PAGES;
 
 use super::latency::{Histogram, Latency};
+use super::wanted::{Fault, Wanted};
 
 /// How often the fault thread looks whether it is still wanted.
 const STEP_MS: u16 = 200;
@@ -26,12 +26,10 @@ const STEP_MS: u16 = 200;
 #[derive(Debug)]
 pub struct Pager {
     faults: FaultFd,
-    present: SharedBitmap,
     map: RamMap,
     addresses: Vec<VmmAddr>,
-    missing: AtomicU64,
-    /// Pages that were asked for and have not come, and since when somebody waits.
-    waiting: Mutex<HashMap<u64, Instant>>,
+    /// What is here, and what was asked for and has not come.
+    wanted: Mutex<Wanted<SharedBitmap, Instant>>,
     /// Where requests go while there is a connection.
     line: Mutex<Option<Sender>>,
     latency: Histogram,
@@ -59,35 +57,30 @@ impl Pager {
         present: OwnedFd,
         missing: &PageSet,
     ) -> io::Result<Arc<Self>> {
-        let pager = Self::adopt(postcopy, uffd, present)?;
-        for (word, missing) in pager.present.words().iter().zip(missing.words()) {
+        let map = &postcopy.ram.map;
+        let present = SharedBitmap::new(present, map.total_pages())?;
+        for (word, missing) in present.words().iter().zip(missing.words()) {
             word.store(!missing, Ordering::Release);
         }
-        let beyond = pager.map.total_pages();
-        debug_assert!(beyond.is_multiple_of(64), "RAM regions are multiples of 64 pages");
-        pager.missing.store(missing.count(), Ordering::Release);
-        Ok(Arc::new(pager))
+        debug_assert!(map.total_pages().is_multiple_of(64), "RAM regions are multiples of 64 pages");
+        Ok(Self::with(postcopy, uffd, present, missing.count()))
     }
 
     /// For RAM whose present set an earlier receiver has kept.
     pub fn resume(postcopy: &Postcopy, uffd: OwnedFd, present: OwnedFd) -> io::Result<Arc<Self>> {
-        let pager = Self::adopt(postcopy, uffd, present)?;
+        let total = postcopy.ram.map.total_pages();
+        let present = SharedBitmap::new(present, total)?;
         let there: u64 =
-            pager.present.words().iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum();
-        pager.missing.store(pager.map.total_pages().saturating_sub(there), Ordering::Release);
-        Ok(Arc::new(pager))
+            present.words().iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum();
+        Ok(Self::with(postcopy, uffd, present, total.saturating_sub(there)))
     }
 
-    fn adopt(postcopy: &Postcopy, uffd: OwnedFd, present: OwnedFd) -> io::Result<Self> {
-        let map = postcopy.ram.map.clone();
-        let present = SharedBitmap::new(present, map.total_pages())?;
-        Ok(Self {
+    fn with(postcopy: &Postcopy, uffd: OwnedFd, present: SharedBitmap, missing: u64) -> Arc<Self> {
+        Arc::new(Self {
             faults: FaultFd::from_fd(uffd),
-            present,
-            map,
+            map: postcopy.ram.map.clone(),
             addresses: postcopy.ram.vmm_addresses.clone(),
-            missing: AtomicU64::new(0),
-            waiting: Mutex::default(),
+            wanted: Mutex::new(Wanted::new(present, missing)),
             line: Mutex::new(None),
             latency: Histogram::default(),
             data_pages: AtomicU64::new(0),
@@ -119,7 +112,7 @@ impl Pager {
 
     /// How many pages have not come.
     pub fn missing_pages(&self) -> u64 {
-        self.missing.load(Ordering::Acquire)
+        self.wanted().missing()
     }
 
     /// How long was waited so far.
@@ -134,14 +127,15 @@ impl Pager {
 
     /// The present set, for RECEIVED.
     pub fn present_words(&self) -> Vec<u64> {
-        self.present.words().iter().map(|w| w.load(Ordering::Acquire)).collect()
+        self.wanted().marks().words().iter().map(|w| w.load(Ordering::Acquire)).collect()
     }
 
     /// A connection stands: requests go to `line`, those first that wait since before.
     pub fn connect(&self, line: Sender) {
         *self.line() = Some(line);
-        let waiting: Vec<u64> = self.waiting().keys().copied().collect();
-        self.request(waiting);
+        let mut waits: Vec<(u64, Instant)> = self.wanted().waits().collect();
+        waits.sort_by_key(|(_, since)| *since);
+        self.request(waits.into_iter().map(|(page, _)| page).collect());
     }
 
     /// The connection is gone: requests wait for the next.
@@ -161,25 +155,21 @@ impl Pager {
     /// Puts `data` to the pages of `run`, each page whole and only where it is missing.
     pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
         self.data_pages.fetch_add(run.pages, Ordering::Relaxed);
-        let mut page = 0;
-        while page < run.pages {
-            let first = PageIndex(run.first.0 + page);
-            if self.present.get(first.0) {
-                page += 1;
-                continue;
+        let lacking = self.wanted().lacking(run);
+        for part in lacking {
+            let mut rest = part;
+            while rest.pages > 0 {
+                let (address, room) = self.address(rest.first)?;
+                let from = ((rest.first.0 - run.first.0) * PAGE_BYTES) as usize;
+                let bytes = (rest.pages.min(room) * PAGE_BYTES) as usize;
+                let pages = match self.faults.copy(address, &data[from..from + bytes])? {
+                    Placed::Bytes(bytes) => (bytes / PAGE_BYTES).max(1),
+                    // There already, though not marked: its receiver died between the two.
+                    Placed::Exists => 1,
+                };
+                self.arrived(PageRun { first: rest.first, pages });
+                rest = PageRun { first: PageIndex(rest.first.0 + pages), pages: rest.pages - pages };
             }
-            let (address, room) = self.address(first)?;
-            // As far as pages are missing and the region goes.
-            let end = (page + 1..run.pages.min(page + room)).find(|p| self.present.get(run.first.0 + p));
-            let pages = end.unwrap_or(run.pages.min(page + room)) - page;
-            let bytes = &data[(page * PAGE_BYTES) as usize..((page + pages) * PAGE_BYTES) as usize];
-            let placed = match self.faults.copy(address, bytes)? {
-                Placed::Bytes(bytes) => (bytes / PAGE_BYTES).max(1),
-                // There already, though not marked: its receiver died between the two.
-                Placed::Exists => 1,
-            };
-            (0..placed).for_each(|p| self.arrived(first.0 + p));
-            page += placed;
         }
         Ok(())
     }
@@ -187,23 +177,26 @@ impl Pager {
     /// Makes the pages of `run` zero where they are missing.
     pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
         self.zero_pages.fetch_add(run.pages, Ordering::Relaxed);
-        for page in run.first.0..run.first.0 + run.pages {
-            if !self.present.get(page) {
-                self.faults.zero(self.address(PageIndex(page))?.0)?;
-                self.arrived(page);
-            }
+        let lacking = self.wanted().lacking(run);
+        for page in lacking.iter().flat_map(|part| part.first.0..part.first.0 + part.pages) {
+            let first = PageIndex(page);
+            self.faults.zero(self.address(first)?.0)?;
+            self.arrived(PageRun { first, pages: 1 });
         }
         Ok(())
     }
 
-    /// Marks a page after it was placed (D2), and ends the wait for it.
-    fn arrived(&self, page: u64) {
-        // First the mark, then the wait: a fault that is read in between sees the mark.
-        let was_missing = self.present.set(page);
-        if let Some(since) = self.waiting().remove(&page) {
-            self.latency.add(since.elapsed());
+    /// Notes pages that were placed, and ends the waits for them.
+    fn arrived(&self, run: PageRun) {
+        let mut is_complete = false;
+        let mut wanted = self.wanted();
+        for page in run.first.0..run.first.0 + run.pages {
+            let arrival = wanted.arrived(page);
+            arrival.waited_since.into_iter().for_each(|since| self.latency.add(since.elapsed()));
+            is_complete |= arrival.is_last;
         }
-        if was_missing && self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+        drop(wanted);
+        if is_complete {
             self.tell_if_complete();
         }
     }
@@ -240,29 +233,15 @@ impl Pager {
         Ok(())
     }
 
-    /// Whether a fault needs a page from the source that was not asked for yet. A page that counts
-    /// as present is a hole of the source's, or came this moment: it is zero, or there.
+    /// Whether a fault needs a page from the source that was not asked for yet.
     fn is_wanted(&self, page: u64, address: u64) -> io::Result<bool> {
-        if self.present.get(page) {
-            if self.faults.zero(address)? == Placed::Exists {
-                self.faults.wake(address, PAGE_BYTES)?;
-            }
-            return Ok(false);
-        }
-        let is_new = match self.waiting().entry(page) {
-            std::collections::hash_map::Entry::Occupied(_) => false,
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Instant::now());
-                true
-            }
-        };
-        if self.present.get(page) {
-            // It came between the two looks: whoever placed it may not have seen us waiting.
-            self.waiting().remove(&page);
+        let fault = self.wanted().fault(page, Instant::now());
+        // A hole is made zero here; what has come this moment is there, and its waker may have been
+        // before us.
+        if fault == Fault::Present && self.faults.zero(address)? == Placed::Exists {
             self.faults.wake(address, PAGE_BYTES)?;
-            return Ok(false);
         }
-        Ok(is_new)
+        Ok(fault == Fault::Ask)
     }
 
     /// Asks the source. Without a connection, or on one that fails, the next asks again.
@@ -293,16 +272,18 @@ impl Pager {
         self.map.page_of(GuestPhysAddr(region.start.0 + (address - start.0))).map(|page| page.0)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn wanted(&self) -> MutexGuard<'_, Wanted<SharedBitmap, Instant>> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn line(&self) -> MutexGuard<'_, Option<Sender>> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long the oldest request has been waiting.
-    pub fn longest_wait(&self) -> Option<Duration> {
-        self.waiting().values().map(Instant::elapsed).max()
+    /// How many pages somebody waits for now, and how long the first of them has been waited for.
+    pub fn waits(&self) -> (u64, Duration) {
+        let wanted = self.wanted();
+        let longest = wanted.waits().map(|(_, since)| since.elapsed()).max();
+        (wanted.waits().count() as u64, longest.unwrap_or_default())
     }
 }

@@ -10,6 +10,8 @@ use std::thread::{self, JoinHandle};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::sys::sandbox;
+
 /// What the input thread is told. Every change is followed by [`Gate::ring`].
 pub(super) struct Gate {
     bell: EventFd,
@@ -58,6 +60,7 @@ pub(super) fn start(
     deliver: impl Fn(&[u8]) -> usize + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name("serial-in".into()).spawn(move || {
+        sandbox::confine_worker();
         let mut pending: Vec<u8> = Vec::new();
         let mut ended = false;
         while !gate.quit.load(Ordering::SeqCst) {

@@ -13,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::sys::sandbox;
+
 /// A vCPU waits when this much is queued.
 const QUEUE_BYTES: usize = 1 << 20;
 /// This much is written without waiting for a line to end.
@@ -65,9 +67,10 @@ impl Output {
         let Some(file) = file else { return Ok((Self(None), Writer { shared: None, thread: None })) };
         let shared = Arc::new(Shared::default());
         let writer = Arc::clone(&shared);
-        let thread = thread::Builder::new()
-            .name("serial-out".into())
-            .spawn(move || write_all(&writer, file, lossy))?;
+        let thread = thread::Builder::new().name("serial-out".into()).spawn(move || {
+            sandbox::confine_worker();
+            write_all(&writer, file, lossy);
+        })?;
         Ok((Self(Some(Arc::clone(&shared))), Writer { shared: Some(shared), thread: Some(thread) }))
     }
 }

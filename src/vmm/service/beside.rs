@@ -22,6 +22,7 @@ pub(super) enum Chore {
     Prepare,
     DirtyStart,
     DirtyStop,
+    Confine,
 }
 
 impl Chore {
@@ -32,6 +33,7 @@ impl Chore {
             Self::Prepare => "the machine to be made",
             Self::DirtyStart => "the dirty log to be turned on",
             Self::DirtyStop => "the dirty log to be turned off",
+            Self::Confine => "a thread to be confined",
         }
     }
 }
@@ -113,6 +115,7 @@ fn stall(chore: Chore) {
         Chore::Prepare => "prepare",
         Chore::DirtyStart => "dirty-start",
         Chore::DirtyStop => "dirty-stop",
+        Chore::Confine => "confine",
     };
     if let Some(fifo) = stall.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')) {
         let _ = std::fs::read(fifo);

@@ -14,7 +14,7 @@ use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode, Imported, Prepared, Remap};
 use crate::state::{MAX_STATE_BYTES, MachineDescription};
 use crate::switchover::{Attempt, Ownership};
-use crate::vmm::{Machine, NoticeSender, PrepareError, SyncTimes, VmmError};
+use crate::vmm::{LocalConfig, Machine, NoticeSender, PrepareError, SyncTimes, VmmError};
 
 impl Service {
     pub(super) fn prepare(
@@ -23,11 +23,12 @@ impl Service {
         attempt: Attempt,
         machine: &MachineDescription,
         remap: Vec<Remap>,
+        postcopy: bool,
     ) -> Handled {
         self.alone(from)?;
         // Asked of a copy first: a machine is made only when it will be taken.
         self.ownership.clone().prepare(attempt).map_err(|e| Failure::refused(e.to_string()))?;
-        let mut local = self.local.clone();
+        let mut local = LocalConfig { postcopy, ..self.local.clone() };
         local.remaps.extend(remap.into_iter().map(|r| (r.id, r.value)));
         let (sender, notices) =
             NoticeSender::channel().map_err(|e| failed(format!("cannot make an event descriptor: {e}")))?;
@@ -103,25 +104,29 @@ impl Service {
         }
     }
 
-    pub(super) fn promise(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
+    pub(super) fn promise(&mut self, from: ConnectionId, attempt: Attempt, paused: bool) -> Handled {
         self.alone(from)?;
         if !self.live()?.synchronised {
             return Err(Failure::refused("the promise is refused: the guest's state is not synchronised"));
         }
-        self.change_recorded(|o| o.promise(attempt), |_, _| Reply::done())
-    }
-
-    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt, paused: bool) -> Handled {
-        self.alone(from)?;
-        // Before anything changes: an empty vmrun has no guest, but an order to refuse by.
-        let first = matches!(self.ownership, Ownership::InDoubt { .. });
+        let first = matches!(self.ownership, Ownership::Loading { .. });
         self.change_recorded(
-            |o| o.run(attempt),
-            move |service, _| {
-                service.live()?;
+            |o| o.promise(attempt),
+            move |service, ()| {
                 if first {
                     service.paused_by = PausedBy { operator: paused, ..PausedBy::default() };
                 }
+                Reply::done()
+            },
+        )
+    }
+
+    pub(super) fn run_here(&mut self, from: ConnectionId, attempt: Attempt) -> Handled {
+        self.alone(from)?;
+        self.change_recorded(
+            |o| o.run(attempt),
+            |service, _| {
+                service.live()?;
                 service.settle()?;
                 Reply::now(service.status())
             },

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use super::beside::Chore;
 use super::calls::Task;
 use super::hosted::{Activity, failed};
 use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode};
 use crate::switchover::{OperatorWord, Ownership};
+use crate::sys::sandbox::{self, Role};
 
 /// Who wants the guest paused. It runs when nobody does, and its ownership allows it.
 #[derive(Debug, Default)]
@@ -103,8 +105,27 @@ impl Service {
             Ok(()) => {}
         }
         hosted.activity = Activity::Running;
+        self.confine();
         self.emit("run-state", None);
         Ok(())
+    }
+
+    /// With a guest that runs, the service needs no more than its control socket and its record.
+    fn confine(&mut self) {
+        if std::mem::replace(&mut self.confined, true) {
+            return;
+        }
+        let give_up = || {
+            if let Err(e) = sandbox::confine_thread(Role::Service) {
+                tracing::warn!("sandbox: the service cannot be confined further: {e}");
+            }
+        };
+        give_up();
+        self.beside.give(Chore::Confine, move || {
+            give_up();
+            None
+        });
+        sandbox::try_forbidden("service");
     }
 
     /// A connection has ended: what it held goes back to where it was, unless ownership is at stake.

@@ -95,6 +95,8 @@ pub struct Service {
     chores: VecDeque<Chore>,
     /// A change of ownership is on its way to the disk.
     changing: bool,
+    /// The guest has run: this thread and the one beside have given up what they do without.
+    confined: bool,
     deferred: VecDeque<Deferred>,
     ending: Option<Ending>,
     linger_until: Option<Instant>,
@@ -126,6 +128,7 @@ impl Service {
             beside: Beside::start()?,
             chores: VecDeque::new(),
             changing: false,
+            confined: false,
             deferred: VecDeque::new(),
             ending: None,
             linger_until: None,
@@ -196,7 +199,7 @@ impl Service {
         for notice in notices {
             match notice {
                 Notice::Paused => self.parked(),
-                Notice::Exported(state) => self.exported(state),
+                Notice::Exported(saved) => self.exported(saved),
                 Notice::Synchronised(outcome) => self.synchronised(outcome),
                 Notice::Exit(exit) => self.guest_ended(exit),
             }
@@ -243,13 +246,15 @@ impl Service {
             Request::PeerRevoked { attempt } => self.peer_revoked(from, attempt),
             Request::Release { attempt, keep } => self.release(from, attempt, keep),
             Request::Quit { force } => self.quit(from, force),
-            Request::Prepare { attempt, machine, remap } => self.prepare(from, attempt, &machine, remap),
+            Request::Prepare { attempt, machine, remap, postcopy } => {
+                self.prepare(from, attempt, &machine, remap, postcopy)
+            }
             Request::PostcopyArm { attempt, listen } => self.postcopy_arm(from, attempt, listen),
             Request::PostcopyAdopt => self.postcopy_adopt(from),
             Request::PostcopyDone { attempt } => self.postcopy_done(from, attempt),
             Request::Import { attempt, bytes } => self.import(attempt, bytes, fds),
-            Request::Promise { attempt } => self.promise(from, attempt),
-            Request::Run { attempt, paused } => self.run_here(from, attempt, paused),
+            Request::Promise { attempt, paused } => self.promise(from, attempt, paused),
+            Request::Run { attempt } => self.run_here(from, attempt),
             Request::Revoke { attempt } => self.revoke(from, attempt),
             Request::Renew { attempt } => self.renew(from, attempt),
         }

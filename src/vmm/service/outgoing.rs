@@ -12,7 +12,7 @@ use crate::control::{Attached, ConnectionId, DirtyPages, Failure, FailureCode, S
 use crate::memory::PageIndex;
 use crate::switchover::{Attempt, Ownership, SessionId};
 use crate::sys::memfd;
-use crate::vmm::VmmError;
+use crate::vmm::{Exported, VmmError};
 
 impl Service {
     pub(super) fn attach(&mut self, from: ConnectionId, session: Option<SessionId>, dest: String) -> Handled {
@@ -128,13 +128,15 @@ impl Service {
     }
 
     /// The machine has been saved, or could not be.
-    pub(super) fn exported(&mut self, state: Result<Vec<u8>, VmmError>) {
+    pub(super) fn exported(&mut self, saved: Result<Exported, VmmError>) {
         let Some(hosted) = &mut self.hosted else { return };
         let Activity::Exporting(since) = hosted.activity else { return };
         hosted.activity = Activity::Parked;
         let export_us = since.elapsed().as_micros() as u64;
-        let answer = state.map_err(|e| failed(format!("export: {e}"))).and_then(|state| {
-            let blob = StateBlob { bytes: state.len() as u64, export_us };
+        let answer = saved.map_err(|e| failed(format!("export: {e}"))).and_then(|saved| {
+            let Exported { state, first_touched } = saved;
+            let first_touched = first_touched.into_iter().map(|page| page.0).collect();
+            let blob = StateBlob { bytes: state.len() as u64, export_us, first_touched };
             let memfd = memfd::create_sealed(c"vmferry-state", blob.bytes);
             let written = memfd.and_then(|file| file.write_all_at(&state, 0).map(|()| file));
             let file = written.map_err(|e| failed(format!("cannot pass the saved state on: {e}")))?;

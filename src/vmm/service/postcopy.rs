@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use super::hosted::{Activity, failed};
 use super::{Handled, Reply, Service};
@@ -21,6 +22,7 @@ pub(super) struct Fetching {
     memfd: File,
     present: SharedBitmap,
     listen: String,
+    since: Instant,
 }
 
 impl Fetching {
@@ -33,6 +35,17 @@ impl Fetching {
             .map(|w| u64::from(w.load(std::sync::atomic::Ordering::Acquire).count_ones()))
             .sum();
         total.saturating_sub(present)
+    }
+
+    /// What is waited for, for people. `attended`: a receiver is there.
+    pub fn summary(&self, total: u64, attended: bool) -> String {
+        let (missing, seconds) = (self.missing_pages(total), self.since.elapsed().as_secs());
+        let who = if attended {
+            format!("its receiver takes them at {}", self.listen)
+        } else {
+            "nobody takes them: start vmrecv --resume".to_owned()
+        };
+        format!("{missing} of its pages have yet to come, {seconds} s after its switchover; {who}")
     }
 }
 
@@ -64,7 +77,7 @@ impl Service {
             .map_err(|e| made("make the set of present pages", e))?;
         let present =
             SharedBitmap::new(&memfd, pages).map_err(|e| made("map the set of present pages", e))?;
-        hosted.fetching = Some(Fetching { faults, memfd, present, listen });
+        hosted.fetching = Some(Fetching { faults, memfd, present, listen, since: Instant::now() });
         let (answer, fds) = self.postcopy_answer()?;
         Reply::with_fds(answer, fds)
     }

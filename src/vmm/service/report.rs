@@ -68,8 +68,15 @@ impl Service {
             _ if self.paused_by.operator => "the guest is here, paused until it is resumed",
             _ => "the guest is here, paused",
         };
-        let sending = if self.mover.is_some() { "; a migration is under way" } else { "" };
-        format!("{doing}{sending}")
+        let fetching = self.hosted.as_ref().and_then(|h| {
+            let total = h.machine.ram().map().total_pages();
+            h.fetching.as_ref().map(|f| f.summary(total, self.mover.is_some()))
+        });
+        match fetching {
+            Some(fetching) => format!("{doing}; {fetching}"),
+            None if self.mover.is_some() => format!("{doing}; a migration is under way"),
+            None => doing.to_owned(),
+        }
     }
 
     /// Tells everyone who asked for events.

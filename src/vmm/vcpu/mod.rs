@@ -7,4 +7,4 @@ mod thread;
 
 pub use group::VcpuGroup;
 pub use round::Round;
-pub use thread::Job;
+pub use thread::{Job, SavedVcpu};

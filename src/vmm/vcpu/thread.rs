@@ -9,10 +9,12 @@ use super::group::{Common, Slot};
 use super::round::Round;
 use crate::state::{Section, SectionKind, VCPU_VERSION};
 use crate::sys::kick::{self, KickGuard};
+use crate::sys::sandbox::{self, Role};
 use crate::vmm::devices::Bus;
 use crate::vmm::x86::clock::TscRule;
 use crate::vmm::x86::restore::{FaultTrap, VcpuImage};
 use crate::vmm::x86::save::{self, VcpuLayout};
+use crate::vmm::x86::touched::Roots;
 use crate::vmm::{GuestExit, VmmError};
 
 /// How often a vCPU may come back with yet another piece of the same instruction (`rep outs` a
@@ -22,10 +24,13 @@ const MAX_PIECES: usize = 100_000;
 const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
 const SYSTEM_EVENT_RESET: u32 = 2;
 
+/// A vCPU that was read: its section of the saved state, and what leads to the pages it touches first.
+pub type SavedVcpu = (Section, Roots);
+
 /// Work for a parked vCPU.
 pub enum Job {
     /// Reads all of its state.
-    Save(Arc<VcpuLayout>, Arc<Round<Section>>),
+    Save(Arc<VcpuLayout>, Arc<Round<SavedVcpu>>),
     /// Puts a saved state into KVM.
     Load(Box<VcpuImage>, TscRule, Arc<FaultTrap>, Arc<Round<()>>),
 }
@@ -58,6 +63,10 @@ impl VcpuThread {
             Err(e) => return self.common.end(GuestExit::Error(format!("vCPU {}: {e}", self.number))),
         };
         self.slot.thread.store(kick::this_thread(), Ordering::SeqCst);
+        if let Err(e) = sandbox::confine_thread(Role::Vcpu) {
+            return self.common.end(GuestExit::Error(format!("vCPU {}: sandbox: {e}", self.number)));
+        }
+        sandbox::try_forbidden("vcpu");
         loop {
             match self.next_order() {
                 Order::Run => {
@@ -151,13 +160,14 @@ impl VcpuThread {
         }
     }
 
-    fn save(&self, layout: &VcpuLayout) -> Result<Section, VmmError> {
+    fn save(&self, layout: &VcpuLayout) -> Result<SavedVcpu, VmmError> {
         let state = save::save(self.number, &self.fd, layout)?;
         let body = serde_json::to_vec(&state).map_err(|e| VmmError::Content {
             section: format!("vcpu {}", self.number),
             reason: e.to_string(),
         })?;
-        Ok(Section { kind: SectionKind::Vcpu, instance: self.number, version: VCPU_VERSION, body })
+        let section = Section { kind: SectionKind::Vcpu, instance: self.number, version: VCPU_VERSION, body };
+        Ok((section, Roots::of(&state)))
     }
 }
 

@@ -8,3 +8,4 @@ pub mod msrs;
 pub mod registers;
 pub mod restore;
 pub mod save;
+pub mod touched;

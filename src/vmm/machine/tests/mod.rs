@@ -96,7 +96,7 @@ impl Guest {
     fn export(&self) -> Vec<u8> {
         self.machine.request_export();
         match self.notice() {
-            Notice::Exported(state) => state.unwrap(),
+            Notice::Exported(saved) => saved.unwrap().state,
             other => panic!("{other:?}"),
         }
     }

@@ -1,0 +1,119 @@
+//! What each program needs to reach once it is confined (docs/sandbox.md).
+
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use clap::Args;
+
+use super::exit::Exit;
+use crate::sys::sandbox::{self, BACKTRACE, Confinement, Keep, Reach};
+use crate::sys::spawn::{self, Program};
+use crate::transport::{self, Address};
+
+/// The flag that all confined programs have.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct SandboxArgs {
+    /// Do not confine this program, for debugging
+    ///
+    /// Otherwise it gives up all system calls, files, ports and capabilities that it does not need:
+    /// docs/sandbox.md lists what is left.
+    #[arg(long, help_heading = "Debugging")]
+    pub no_sandbox: bool,
+}
+
+/// What the C library reads to resolve names.
+const RESOLVER: [&str; 6] =
+    ["/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", "/run/nscd", "/var/lib/misc"];
+/// The first port that anybody may listen on.
+const FIRST_FREE_PORT: u16 = 1024;
+/// Name servers answer on this one.
+const DNS_PORT: u16 = 53;
+
+/// Confines `vmsend`, which goes to `dest`, speaks to the `vmrun` at `vm` and may have a socket of its
+/// own. Before it has any thread.
+pub fn sender(vm: &Path, dest: &Address, control: Option<&Path>) -> io::Result<()> {
+    let mut confinement = mover([vm])?;
+    if let Address::Unix(path) = dest {
+        keep_access(&mut confinement, path);
+    }
+    if let Address::Tcp { host, port } = dest {
+        confinement.allowed.connect.push(*port);
+        if host.parse::<IpAddr>().is_err() {
+            confinement.allowed.read(RESOLVER);
+            confinement.allowed.connect.push(DNS_PORT);
+        }
+    }
+    if let Some(path) = control {
+        confinement.allowed.change_beside(path);
+        keep_access(&mut confinement, path);
+    }
+    enter("vmsend", transport::program(dest).into_iter().collect(), &confinement)
+}
+
+/// Confines `vmrecv`, which listens at `listen` (if that is known yet) and drives the `vmrun` at
+/// `control`, which may have to be started. Before it has any thread.
+pub fn receiver(control: &Path, listen: Option<&Address>, vmrun: Option<Program>) -> io::Result<()> {
+    let mut confinement = mover([control])?;
+    match listen {
+        Some(Address::Unix(path)) => {
+            confinement.allowed.change_beside(path);
+            keep_access(&mut confinement, path);
+        }
+        Some(Address::Tcp { host, port }) => {
+            confinement.allowed.listen.push(*port);
+            if (1..FIRST_FREE_PORT).contains(port) {
+                confinement.keep.push(Keep::NetBindService);
+            }
+            if host.parse::<IpAddr>().is_err() {
+                confinement.allowed.read(RESOLVER);
+                confinement.allowed.connect.push(DNS_PORT);
+            }
+        }
+        Some(Address::Exec(_) | Address::Stdio) | None => {}
+    }
+    let programs = listen.and_then(transport::program).into_iter().chain(vmrun).collect();
+    enter("vmrecv", programs, &confinement)
+}
+
+/// Confines `vmrun`. Before it has any thread.
+pub fn host(control: Option<&Path>) -> io::Result<()> {
+    let mut later = Confinement::default();
+    later.allowed.read(BACKTRACE.into_iter().chain(["/proc/meminfo"]));
+    if let Some(path) = control {
+        // The session record beside it, and its own file at the end.
+        later.allowed.change_beside(path);
+        keep_access(&mut later, path);
+    }
+    sandbox::enter_vmrun(later)
+}
+
+/// What both movers need, with the sockets that they connect to.
+fn mover<'a>(sockets: impl IntoIterator<Item = &'a Path>) -> io::Result<Confinement> {
+    let mut confinement = Confinement::default();
+    confinement.allowed.read(BACKTRACE.into_iter().chain(["/proc/sys/kernel/hostname", "/dev/urandom"]));
+    confinement.allowed.paths.push((std::env::current_exe()?, Reach::Read));
+    sockets.into_iter().for_each(|path| keep_access(&mut confinement, path));
+    Ok(confinement)
+}
+
+/// Root has to stay able to use the socket at `path` where that, or its directory, is another user's.
+fn keep_access(confinement: &mut Confinement, path: &Path) {
+    let us = nix::unistd::geteuid().as_raw();
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let foreign = |path: &Path| path.metadata().is_ok_and(|m| m.uid() != us);
+    // A directory of root's own, or one like /tmp that everybody may use, needs nothing.
+    let closed = |path: &Path| path.metadata().is_ok_and(|m| m.mode() & 0o003 != 0o003);
+    let needed = foreign(path) || (foreign(parent) && closed(parent));
+    if needed && !confinement.keep.contains(&Keep::DacOverride) {
+        confinement.keep.push(Keep::DacOverride);
+    }
+}
+
+fn enter(name: &'static str, programs: Vec<Program>, confinement: &Confinement) -> io::Result<()> {
+    if !programs.is_empty() {
+        spawn::fork_spawner(programs)?;
+    }
+    sandbox::enter_mover(name, Exit::Confined.code(), confinement)
+}
