@@ -276,7 +276,7 @@ mod tests {
     #[test]
     fn tables_that_do_not_fit_are_refused() {
         let map = crate::vmm::memory::ram_map(16 << 20).unwrap();
-        let ram = GuestRam::new(map, "test").unwrap();
+        let ram = GuestRam::new(map, "test", crate::memory::RamPages::Small).unwrap();
         write_tables(&ram, 4096, MAX_DEVICES).unwrap();
         let error = write_tables(&ram, 10_000, 0).unwrap_err().to_string();
         assert!(error.contains("10000 vCPUs"), "{error}");
