@@ -57,6 +57,9 @@ enum Content {
     Guest,
 }
 
+/// Virtio devices with their ids, in the order of their slots.
+type Opened = Vec<(String, Box<dyn Device>)>;
+
 /// What threads of a machine share.
 struct Parts {
     content: Mutex<Content>,
@@ -160,7 +163,7 @@ impl Machine {
         ram: GuestRam,
         description: MachineDescription,
         serial: &SerialBackend,
-        devices: Vec<(String, Box<dyn Device>)>,
+        devices: Opened,
         notices: NoticeSender,
         fault: FaultPoint,
     ) -> Result<Self, VmmError> {
@@ -418,9 +421,9 @@ fn describe(
 }
 
 /// Opens what the devices of a machine to boot are connected to.
-fn open_devices(config: &MachineConfig) -> Result<Vec<(String, Box<dyn Device>)>, VmmError> {
+fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
     let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
-    let mut opened: Vec<(String, Box<dyn Device>)> = Vec::new();
+    let mut opened = Opened::new();
     for device in &config.devices {
         let fail = |reason: String| VmmError::Device { id: device.id.clone(), reason };
         if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
@@ -437,7 +440,7 @@ fn arriving_devices(
     description: &mut MachineDescription,
     local: &LocalConfig,
     problems: &mut Vec<Problem>,
-) -> Vec<(String, Box<dyn Device>)> {
+) -> Opened {
     let mut opened = Vec::new();
     for device in &mut description.devices {
         let Some(kind) = Kind::named(&device.kind) else { continue };

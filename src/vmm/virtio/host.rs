@@ -6,7 +6,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
-use super::rng::Rng;
+use super::rng::{self, Rng};
 use super::{Device, Kind};
 
 /// The host's end of a device, as flags, `--remap` and machine descriptions name it.
@@ -84,7 +84,10 @@ impl HostEnd {
                 let tap = Tap::open(tap).map_err(|e| fail(e.reason().to_owned()))?;
                 Ok(Box::new(Net::new(tap, mac)))
             }
-            Self::Rng => Ok(Box::new(Rng::new())),
+            Self::Rng => match Rng::new() {
+                Ok(rng) => Ok(Box::new(rng)),
+                Err(e) => Err(OpenError { what: rng::SOURCE.into(), reason: e.to_string() }),
+            },
         }
     }
 }

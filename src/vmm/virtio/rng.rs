@@ -1,6 +1,7 @@
 //! A source of random numbers (virtio 1.2, section 5.4): the host kernel's.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -13,21 +14,20 @@ const QUEUE_SIZES: [u16; 1] = [64];
 /// The most bytes for one request: a driver may ask for 4 GiB, and takes less.
 const MAX_BYTES: usize = 4096;
 
+/// The kernel's, as a file.
+pub const SOURCE: &str = "/dev/urandom";
+
 /// The device.
 pub struct Rng {
     config: Arc<ConfigSpace>,
+    source: File,
 }
 
 impl Rng {
-    /// There is nothing to open.
-    pub fn new() -> Self {
-        Self { config: Arc::new(ConfigSpace::new(Vec::new(), 0..0)) }
-    }
-}
-
-impl Default for Rng {
-    fn default() -> Self {
-        Self::new()
+    /// Opens the source: its thread may open nothing.
+    pub fn new() -> io::Result<Self> {
+        let config = Arc::new(ConfigSpace::new(Vec::new(), 0..0));
+        Ok(Self { config, source: File::open(SOURCE)? })
     }
 }
 
@@ -50,7 +50,7 @@ impl Device for Rng {
             let head = chain.head_index();
             let mut writer = chain.writer(&memory)?;
             let mut bytes = vec![0; writer.available_bytes().min(MAX_BYTES)];
-            fill(&mut bytes).map_err(DeviceError::Memory)?;
+            self.source.read_exact(&mut bytes).map_err(DeviceError::Memory)?;
             writer.write_all(&bytes).map_err(DeviceError::Memory)?;
             io.finish(queue, head, bytes.len() as u32)?;
         }
@@ -64,10 +64,4 @@ impl Device for Rng {
     fn restore(&mut self, state: Value) -> Result<(), String> {
         serde_json::from_value::<VirtioRngState>(state).map(|_| ()).map_err(|e| e.to_string())
     }
-}
-
-/// Random bytes; never fewer than asked for.
-fn fill(bytes: &mut [u8]) -> io::Result<()> {
-    use std::io::Read;
-    std::fs::File::open("/dev/urandom")?.read_exact(bytes)
 }

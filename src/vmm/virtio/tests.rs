@@ -26,12 +26,13 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio").unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio", Default::default()).unwrap();
         let (sender, line) = mpsc::channel();
         let interrupt = Arc::new(Interrupt::with_line(move |up| {
             let _ = sender.send(up);
         }));
-        let slot = Slot::new("d", Box::new(Rng::new()), Arc::new(ram.memory().clone()), interrupt).unwrap();
+        let slot =
+            Slot::new("d", Box::new(Rng::new().unwrap()), Arc::new(ram.memory().clone()), interrupt).unwrap();
         Self { ram, slot, line }
     }
 

@@ -14,6 +14,7 @@ use serde_json::Value;
 use virtio_queue::{Queue, QueueState};
 
 use super::{Device, DeviceError, Interrupt, Io};
+use crate::sys::sandbox;
 use crate::vmm::memory::TrackedMemory;
 
 /// What a device's thread is told. The sender in an order is answered when it is done.
@@ -163,6 +164,7 @@ struct Woken {
 
 impl Body {
     fn main(mut self) {
+        sandbox::confine_worker();
         loop {
             // Before the orders are looked at: one that comes in between sets it again.
             self.attention.store(false, Ordering::SeqCst);

@@ -4,6 +4,7 @@ mod devices;
 mod dirty;
 mod moving;
 mod pausing;
+mod virtio;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use crate::memory::{GuestPhysAddr, PAGE_BYTES, PageIndex};
 use crate::state::{read_sections, write_sections};
 use crate::vmm::boot::{test_bzimage, test_elf};
 use crate::vmm::notice::NoticeReceiver;
-use crate::vmm::{GuestExit, Notice};
+use crate::vmm::{DeviceConfig, GuestExit, Notice};
 
 /// How long a test waits for what should come at once.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -51,6 +52,16 @@ impl Guest {
     }
 
     fn boot_kernel(vcpus: u32, mib: u64, kernel: KernelSource, cmdline: &str) -> Self {
+        Self::boot_with(vcpus, mib, kernel, cmdline, Vec::new())
+    }
+
+    fn boot_with(
+        vcpus: u32,
+        mib: u64,
+        kernel: KernelSource,
+        cmdline: &str,
+        devices: Vec<DeviceConfig>,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let serial = directory.path().join("serial");
         let (sender, notices) = NoticeSender::channel().unwrap();
@@ -64,7 +75,7 @@ impl Guest {
             initrd: None,
             cmdline: cmdline.into(),
             serial: SerialBackend::File(serial.clone()),
-            devices: Vec::new(),
+            devices,
         };
         let machine = Machine::boot(&config, sender).unwrap();
         Self { machine, notices, serial, _directory: directory }

@@ -50,7 +50,7 @@ struct Machine {
 impl Machine {
     fn new(tap: &str) -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: RAM_BYTES };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test").unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", Default::default()).unwrap();
         let interrupt = Arc::new(Interrupt::with_line(|_| ()));
         let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open(None).unwrap();
         let slot = Slot::new("net0", card, Arc::new(ram.memory().clone()), interrupt).unwrap();

@@ -25,7 +25,7 @@ struct Driver {
 impl Driver {
     fn new() -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test").unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", Default::default()).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.set_desc_table_address(Some(TABLE as u32), None);
         queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
