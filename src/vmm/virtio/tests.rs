@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::rng::Rng;
 use super::{Interrupt, Slot};
-use crate::memory::{GuestPhysAddr, RamMap, RamRegion};
+use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
 use crate::state::VirtioState;
 use crate::vmm::GuestRam;
 
@@ -26,7 +26,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio", Default::default()).unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio", RamPages::Small).unwrap();
         let (sender, line) = mpsc::channel();
         let interrupt = Arc::new(Interrupt::with_line(move |up| {
             let _ = sender.send(up);

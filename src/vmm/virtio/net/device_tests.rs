@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::namespace::{all_frames, in_a_namespace};
 use super::*;
-use crate::memory::{GuestPhysAddr, RamMap, RamRegion};
+use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
 use crate::sys::tap::VNET_HEADER_BYTES;
 use crate::vmm::GuestRam;
 use crate::vmm::virtio::{HostEnd, Interrupt, Kind, Slot};
@@ -50,7 +50,7 @@ struct Machine {
 impl Machine {
     fn new(tap: &str) -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: RAM_BYTES };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", Default::default()).unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", RamPages::Small).unwrap();
         let interrupt = Arc::new(Interrupt::with_line(|_| ()));
         let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open(None).unwrap();
         let slot = Slot::new("net0", card, Arc::new(ram.memory().clone()), interrupt).unwrap();

@@ -4,7 +4,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::{GuestPhysAddr, RamMap, RamRegion};
+use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
 use crate::sys::tap::VNET_HEADER_BYTES;
 use crate::vmm::memory::GuestRam;
 
@@ -25,7 +25,7 @@ struct Driver {
 impl Driver {
     fn new() -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", Default::default()).unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", RamPages::Small).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.set_desc_table_address(Some(TABLE as u32), None);
         queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
