@@ -122,6 +122,8 @@ impl Running {
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
         match &mut self.kind {
             Kind::Child(child) => child.try_wait(),
+            // Told once: what comes after that is the spawner's hanging up, some time.
+            Kind::Told { status: Some(status), .. } => Ok(Some(*status)),
             Kind::Told { end, .. } => match is_readable(end, PollTimeout::ZERO)? {
                 true => self.wait().map(Some),
                 false => Ok(None),
