@@ -144,7 +144,6 @@ impl Machine {
                 SerialBackend::None
             }
         };
-        let mut description = desc.clone();
         let devices = arriving_devices(&mut description, &local, &mut problems);
         if !problems.is_empty() {
             return Err(PrepareError::Refused(problems));
