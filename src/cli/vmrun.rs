@@ -13,7 +13,7 @@ use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
 use crate::vmm::service::{Ending, Service, ServiceError};
-use crate::vmm::virtio::HostEnd;
+use crate::vmm::virtio::{HostEnd, ImageConfig};
 use crate::vmm::{
     DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
 };
@@ -84,6 +84,22 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
 
+    /// Give the guest a disk (virtio-block): a raw image, or a block device
+    ///
+    /// May be given more than once. The guest cannot write it with readonly; direct goes past the
+    /// host's page cache (O_DIRECT). Their ids are disk0, disk1 and so on, by their order, unless id=
+    /// names one. The image is locked while a guest has it; when it moves, vmrecv needs
+    /// --remap ID=PATH for each disk, with the same data on shared storage.
+    #[arg(
+        long,
+        value_name = "PATH[,readonly][,direct][,id=ID]",
+        requires = "kernel",
+        value_parser = disk,
+        value_hint = ValueHint::FilePath,
+        help_heading = GUEST
+    )]
+    pub disk: Vec<Disk>,
+
     /// Give the guest a source of random numbers (virtio-rng), with the id rng0
     #[arg(long, requires = "kernel", help_heading = GUEST)]
     pub rng: bool,
@@ -93,7 +109,7 @@ pub struct Args {
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "rng", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -125,6 +141,22 @@ pub struct Args {
 }
 
 const GUEST: &str = "Guest";
+/// `--disk`: an image and, if it is given, the disk's id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub image: ImageConfig,
+    /// `id=ID`.
+    pub id: Option<String>,
+}
+
+fn disk(text: &str) -> Result<Disk, String> {
+    let (image, id) = ImageConfig::parse_with_id(text)?;
+    // Other hosts are told it, who have other working directories.
+    let path = std::path::absolute(&image.path).map_err(|e| e.to_string())?;
+    Ok(Disk { image: ImageConfig { path, ..image }, id })
+}
+
 /// The id of the source of random numbers.
 const RNG_ID: &str = "rng0";
 
@@ -143,6 +175,7 @@ pub const MANUAL: Manual = Manual {
             "the trial guest, ready to be moved",
             "vmrun --kernel builtin:heartbeat --memory 512M --control /run/a.sock",
         ),
+        ("a disk that is only read", "vmrun --kernel vmlinux --disk root.img,readonly,id=root"),
         ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
         ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
     ],
@@ -203,15 +236,21 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
             initrd: args.initrd,
             cmdline: args.cmdline,
             serial: args.serial,
-            devices: args
-                .rng
-                .then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng })
-                .into_iter()
-                .collect(),
+            devices: devices(args.disk, args.rng),
         };
         service.boot(&config, args.paused)?;
     }
     service.run()
+}
+
+/// Disks first: a guest finds its root disk at the same place with and without the rest.
+fn devices(disks: Vec<Disk>, rng: bool) -> Vec<DeviceConfig> {
+    let disk = |(number, Disk { image, id }): (usize, Disk)| DeviceConfig {
+        id: id.unwrap_or_else(|| format!("disk{number}")),
+        host: HostEnd::Image(image),
+    };
+    let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
+    disks.into_iter().enumerate().map(disk).chain(rng).collect()
 }
 
 /// A random uuid, from the kernel.
@@ -255,6 +294,11 @@ mod tests {
         assert!(parse("vmrun --incoming --control s --serial none").is_ok());
         assert!(parse("vmrun --kernel k --cpus 0").is_err());
         assert!(parse("vmrun --kernel k --paused").is_err());
+        assert!(parse("vmrun --incoming --control s --disk d").is_err());
+        let args = parse("vmrun --kernel k --disk /d,readonly --disk /e,id=data --rng").unwrap();
+        let devices = devices(args.disk, args.rng);
+        let shown: Vec<_> = devices.iter().map(|d| format!("{}={}", d.id, d.host)).collect();
+        assert_eq!(shown, ["disk0=/d,readonly", "data=/e", "rng0=kernel"]);
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(
             (args.kernel, args.memory),

@@ -19,4 +19,7 @@ pub use hex::HexBytes;
 pub use machine::{CpuidEntry, DeviceDescription, MachineDescription, Problem, TscFrequency};
 pub use section::{MAX_STATE_BYTES, Section, SectionError, SectionKind, read_sections, write_sections};
 pub use vcpu::{MsrValue, SpecialRegisters, VCPU_VERSION, VcpuState};
-pub use virtio::{VIRTIO_RNG_VERSION, VirtioQueueState, VirtioRngState, VirtioState, VirtioTransportState};
+pub use virtio::{
+    VIRTIO_BLOCK_VERSION, VIRTIO_RNG_VERSION, VirtioBlockState, VirtioQueueState, VirtioRngState,
+    VirtioState, VirtioTransportState,
+};

@@ -36,7 +36,9 @@ pub enum SectionKind {
     Clock = 4,
     /// A 16550 serial port.
     Serial = 16,
-    /// A virtio source of random numbers; `instance` is its slot, as for all virtio devices.
+    /// A virtio disk; `instance` is its slot, as for all virtio devices.
+    VirtioBlock = 34,
+    /// A virtio source of random numbers.
     VirtioRng = 36,
 }
 
@@ -48,6 +50,7 @@ impl SectionKind {
             3 => Self::Pit,
             4 => Self::Clock,
             16 => Self::Serial,
+            34 => Self::VirtioBlock,
             36 => Self::VirtioRng,
             _ => return None,
         })
@@ -62,6 +65,7 @@ impl fmt::Display for SectionKind {
             Self::Pit => "pit",
             Self::Clock => "clock",
             Self::Serial => "serial",
+            Self::VirtioBlock => "virtio-block",
             Self::VirtioRng => "virtio-rng",
         })
     }

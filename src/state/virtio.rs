@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The version of [`VirtioState`] with [`VirtioBlockState`] that is written.
+pub const VIRTIO_BLOCK_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioRngState`] that is written.
 pub const VIRTIO_RNG_VERSION: u32 = 1;
 
@@ -57,6 +59,11 @@ pub struct VirtioQueueState {
     /// The index in the used ring that is filled next.
     pub next_used: u16,
 }
+
+/// A disk has no state but its image, which is flushed before: no request is in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioBlockState {}
 
 /// A source of random numbers has no state of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ mod scene;
 
 mod bad_input;
 mod chaos;
+mod devices;
 mod happy;
 mod hostile;
 mod network;

@@ -17,17 +17,20 @@ use crate::state::{self, SectionKind};
 /// The kinds of devices that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A disk (virtio 1.2, section 5.2).
+    Block,
     /// A source of random numbers (virtio 1.2, section 5.4).
     Rng,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: &[Self] = &[Self::Rng];
+    pub const ALL: &[Self] = &[Self::Block, Self::Rng];
 
     /// The device id of virtio 1.2, section 5.
     pub fn number(self) -> u32 {
         match self {
+            Self::Block => virtio_ids::VIRTIO_ID_BLOCK,
             Self::Rng => virtio_ids::VIRTIO_ID_RNG,
         }
     }
@@ -35,6 +38,7 @@ impl Kind {
     /// Its name in machine descriptions.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Block => "virtio-block",
             Self::Rng => "virtio-rng",
         }
     }
@@ -47,6 +51,7 @@ impl Kind {
     /// The kind of section that its state is saved in.
     pub fn section(self) -> SectionKind {
         match self {
+            Self::Block => SectionKind::VirtioBlock,
             Self::Rng => SectionKind::VirtioRng,
         }
     }
@@ -54,6 +59,7 @@ impl Kind {
     /// The version of its saved state that is written, and the newest that is read.
     pub fn version(self) -> u32 {
         match self {
+            Self::Block => state::VIRTIO_BLOCK_VERSION,
             Self::Rng => state::VIRTIO_RNG_VERSION,
         }
     }
