@@ -23,7 +23,7 @@ _vmrecv() {
 
     case "${cmd}" in
         vmrecv)
-            opts="-q -h -V --control --attach --resume --serial --remap --vmrun --insecure --peer-timeout --linger --no-sandbox --json --quiet --log --help --version"
+            opts="-q -h -V --control --attach --resume --serial --hugepages --remap --vmrun --insecure --peer-timeout --linger --no-sandbox --json --quiet --log --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -45,6 +45,10 @@ _vmrecv() {
                     return 0
                     ;;
                 --serial)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hugepages)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -1,5 +1,6 @@
 complete -c vmrecv -l control -d 'Control socket of the vmrun that takes the guest' -r -F
 complete -c vmrecv -l serial -d 'What the guest\'s serial port is connected to: stdio, file:PATH, pty or none' -r
+complete -c vmrecv -l hugepages -d 'Make the guest\'s memory of pages of this size: 4K, 2M or thp' -r
 complete -c vmrecv -l remap -d 'Replace the host end of a device, as in serial0=file:/var/log/guest' -r
 complete -c vmrecv -l vmrun -d 'The vmrun program to start; the one beside vmrecv by default' -r -F
 complete -c vmrecv -l peer-timeout -d 'Take the other side for dead after it was silent for so long' -r

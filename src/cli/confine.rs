@@ -52,16 +52,16 @@ pub fn sender(vm: &Path, dest: &Address, control: Option<&Path>) -> io::Result<(
     enter("vmsend", transport::program(dest).into_iter().collect(), &confinement)
 }
 
-/// Confines `vmrecv`, which listens at `listen` (if that is known yet) and drives the `vmrun` at
+/// Confines `vmrecv`, which listens at `listen` and drives the `vmrun` at
 /// `control`, which may have to be started. Before it has any thread.
-pub fn receiver(control: &Path, listen: Option<&Address>, vmrun: Option<Program>) -> io::Result<()> {
+pub fn receiver(control: &Path, listen: &Address, vmrun: Option<Program>) -> io::Result<()> {
     let mut confinement = mover([control])?;
     match listen {
-        Some(Address::Unix(path)) => {
+        Address::Unix(path) => {
             confinement.allowed.change_beside(path);
             keep_access(&mut confinement, path);
         }
-        Some(Address::Tcp { host, port }) => {
+        Address::Tcp { host, port } => {
             confinement.allowed.listen.push(*port);
             if (1..FIRST_FREE_PORT).contains(port) {
                 confinement.keep.push(Keep::NetBindService);
@@ -71,9 +71,9 @@ pub fn receiver(control: &Path, listen: Option<&Address>, vmrun: Option<Program>
                 confinement.allowed.connect.push(DNS_PORT);
             }
         }
-        Some(Address::Exec(_) | Address::Stdio) | None => {}
+        Address::Exec(_) | Address::Stdio => {}
     }
-    let programs = listen.and_then(transport::program).into_iter().chain(vmrun).collect();
+    let programs = transport::program(listen).into_iter().chain(vmrun).collect();
     enter("vmrecv", programs, &confinement)
 }
 

@@ -15,6 +15,7 @@ use super::output;
 use super::units::{Rate, Size, duration};
 use crate::control::mover::{MoverEvent, MoverProgress, MoverRequest};
 use crate::control::{Client, ClientError, Event, FailureCode, Status};
+use crate::memory::RamPages;
 use crate::state::MachineDescription;
 use crate::switchover::OperatorWord;
 
@@ -280,6 +281,9 @@ impl Show {
             if status.vcpus > 0 {
                 let (vcpus, memory) = (status.vcpus, Size(status.memory_bytes));
                 text += &format!("\n  {vcpus} vCPU{}, {memory} memory", if vcpus == 1 { "" } else { "s" });
+                if let Some(pages) = status.ram_pages.filter(|p| *p != RamPages::Small) {
+                    text += &format!(" of {pages} pages");
+                }
                 text += if status.dirty_log { ", dirty log on" } else { "" };
             }
             if let Some(attempt) = status.ownership.attempt() {

@@ -9,9 +9,12 @@ use std::time::Duration;
 use clap::{Parser, ValueHint};
 
 use crate::control::Remap;
+use crate::memory::RamPages;
 use crate::migrate::dest;
 use crate::migrate::host::HostOptions;
 use crate::migrate::options::{Arrived, ReceiveOptions};
+use crate::migrate::outcome::{Ending, MigrateError, Side};
+use crate::sys::spawn::Program;
 use crate::transport::{Address, needs_insecure};
 use crate::vmm::SerialBackend;
 
@@ -65,9 +68,18 @@ pub struct Args {
     #[arg(long, value_name = "WHERE", default_value = "none", conflicts_with = "attach")]
     pub serial: SerialBackend,
 
+    /// Make the guest's memory of pages of this size: 4K, 2M or thp
+    ///
+    /// 2M takes huge pages out of the host's pool (hugetlb), all of them at the start. thp asks the
+    /// host for transparent ones, which it gives where it can. As where the guest comes
+    /// from by default.
+    #[arg(long, value_name = "PAGES", conflicts_with_all = ["attach", "resume"])]
+    pub hugepages: Option<RamPages>,
+
     /// Replace the host end of a device, as in serial0=file:/var/log/guest
     ///
-    /// May be given more than once. `vmctl SOCK machine` at the source tells the devices.
+    /// May be given more than once; for a network card it is the name of a tap here, as in
+    /// net0=tap3. `vmctl SOCK machine` at the source tells the devices.
     #[arg(long, value_name = "ID=VALUE", value_parser = remap)]
     pub remap: Vec<Remap>,
 
@@ -177,6 +189,7 @@ impl Args {
                 vmrun,
                 sandbox: !self.sandbox.no_sandbox,
                 serial: self.serial.to_string(),
+                ram_pages: self.hugepages,
                 remap: self.remap.clone(),
             },
         })
@@ -203,12 +216,6 @@ pub fn main() -> ExitCode {
             return Exit::Failed.into();
         }
     };
-    if !args.sandbox.no_sandbox
-        && let Err(e) = confine::receiver(&args.control, args.listen.as_ref(), options.host.program())
-    {
-        complain(NAME, format_args!("the sandbox cannot be entered: {e} (--no-sandbox does without)"));
-        return Exit::Failed.into();
-    }
     let stop = Arc::new(AtomicUsize::new(0));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         if let Err(error) = signal_hook::flag::register_usize(signal, stop.clone(), signal as usize) {
@@ -218,8 +225,9 @@ pub fn main() -> ExitCode {
     }
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let result = match args.resume {
-        true => dest::resume(&options, args.listen.clone(), &stop, &mut display),
-        false => dest::receive(&options, &stop, &mut display),
+        true => take_over(&args, &options, &stop, &mut display),
+        false => confine(&args, &options.listen, options.host.program())
+            .and_then(|()| dest::receive(&options, &stop, &mut display)),
     };
     let exit = match result {
         Ok(arrived) => {
@@ -229,6 +237,28 @@ pub fn main() -> ExitCode {
         Err(error) => display.failed(&error),
     };
     exit.into()
+}
+
+/// Where to listen may be known only once the guest was taken over.
+fn take_over(
+    args: &Args,
+    options: &ReceiveOptions,
+    stop: &AtomicUsize,
+    display: &mut Display,
+) -> Result<Arrived, MigrateError> {
+    let takeover = dest::Takeover::from_vmrun(options, args.listen.clone())?;
+    confine(args, takeover.listen(), None)?;
+    takeover.resume(stop, display)
+}
+
+fn confine(args: &Args, listen: &Address, vmrun: Option<Program>) -> Result<(), MigrateError> {
+    if args.sandbox.no_sandbox {
+        return Ok(());
+    }
+    confine::receiver(&args.control, listen, vmrun).map_err(|e| {
+        let what = format!("the sandbox cannot be entered: {e} (--no-sandbox does without)");
+        MigrateError::new(Ending::Failed, Side::Destination, what)
+    })
 }
 
 fn arrived_text(a: &Arrived) -> String {

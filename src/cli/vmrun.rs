@@ -12,7 +12,9 @@ use super::log;
 use super::manual::Manual;
 use super::output::{chain, complain};
 use super::units::Size;
+use crate::memory::RamPages;
 use crate::vmm::service::{Ending, Service, ServiceError};
+use crate::vmm::virtio::net::NetSpec;
 use crate::vmm::virtio::{HostEnd, ImageConfig};
 use crate::vmm::{
     DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
@@ -80,6 +82,14 @@ pub struct Args {
     )]
     pub cpus: u32,
 
+    /// Make the guest's memory of pages of this size: 4K, 2M or thp
+    ///
+    /// 2M takes huge pages out of the host's pool (hugetlb), all of them at the start. thp asks the
+    /// host for transparent ones, which it gives where it can. 4K by default; with --incoming,
+    /// what the guest's memory is made of where it comes from.
+    #[arg(long, value_name = "PAGES")]
+    pub hugepages: Option<RamPages>,
+
     /// The guest's name, in status and messages
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
@@ -104,12 +114,21 @@ pub struct Args {
     #[arg(long, requires = "kernel", help_heading = GUEST)]
     pub rng: bool,
 
+    /// Give the guest a network card (virtio-net) on a tap
+    ///
+    /// tap=NAME[,mac=MAC][,id=ID]. NAME is a tap of the host; new:NAME makes one, which goes with vmrun.
+    /// The address is random and the id net0, net1 and so on, unless they are given. May be given more
+    /// than once. When the guest moves, the destination needs a tap of the same name, or
+    /// `vmrecv --remap ID=NAME`.
+    #[arg(long, value_name = "tap=NAME", requires = "kernel", help_heading = GUEST)]
+    pub net: Vec<NetSpec>,
+
     /// Do not start the guest before `vmctl SOCK resume`
     #[arg(long, requires = "control", help_heading = GUEST)]
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "net", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -177,6 +196,7 @@ pub const MANUAL: Manual = Manual {
         ),
         ("a disk that is only read", "vmrun --kernel vmlinux --disk root.img,readonly,id=root"),
         ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
+        ("with a network card", "vmrun --kernel vmlinux --net tap=tap0 --control /run/a.sock"),
         ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
     ],
     exits: exit::VMRUN_CODES,
@@ -220,37 +240,51 @@ pub fn main() -> ExitCode {
 }
 
 fn host(args: Args) -> Result<Ending, ServiceError> {
-    let local = LocalConfig { serial: args.serial.clone(), ..LocalConfig::default() };
+    let local =
+        LocalConfig { serial: args.serial.clone(), ram_pages: args.hugepages, ..LocalConfig::default() };
     if args.incoming {
         // Asked once in a process, and slow on a busy host: done before anybody waits for it.
         HostAbilities::of_this_host(&open_kvm()?)?;
     }
     let mut service = Service::open(args.control.as_deref(), local)?;
     if let Some(kernel) = args.kernel {
+        let devices = devices(args.disk, args.rng, args.net);
         let config = MachineConfig {
             name: args.name,
             uuid: uuid()?,
             memory_bytes: args.memory.0,
+            ram_pages: args.hugepages.unwrap_or_default(),
             vcpus: args.cpus,
             kernel,
             initrd: args.initrd,
             cmdline: args.cmdline,
             serial: args.serial,
-            devices: devices(args.disk, args.rng),
+            devices,
         };
         service.boot(&config, args.paused)?;
     }
     service.run()
 }
 
-/// Disks first: a guest finds its root disk at the same place with and without the rest.
-fn devices(disks: Vec<Disk>, rng: bool) -> Vec<DeviceConfig> {
+/// The virtio devices, in the order of their slots. Disks first: a guest finds its root disk at the same
+/// place with and without the rest.
+fn devices(disks: Vec<Disk>, rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig> {
+    let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
+    let card = |(number, card): (usize, NetSpec)| DeviceConfig {
+        id: card.id.unwrap_or_else(|| format!("net{number}")),
+        host: HostEnd::Net { tap: card.tap, mac: card.mac },
+    };
     let disk = |(number, Disk { image, id }): (usize, Disk)| DeviceConfig {
         id: id.unwrap_or_else(|| format!("disk{number}")),
         host: HostEnd::Image(image),
     };
-    let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
-    disks.into_iter().enumerate().map(disk).chain(rng).collect()
+    disks
+        .into_iter()
+        .enumerate()
+        .map(disk)
+        .chain(rng)
+        .chain(cards.into_iter().enumerate().map(card))
+        .collect()
 }
 
 /// A random uuid, from the kernel.
@@ -296,9 +330,14 @@ mod tests {
         assert!(parse("vmrun --kernel k --paused").is_err());
         assert!(parse("vmrun --incoming --control s --disk d").is_err());
         let args = parse("vmrun --kernel k --disk /d,readonly --disk /e,id=data --rng").unwrap();
-        let devices = devices(args.disk, args.rng);
-        let shown: Vec<_> = devices.iter().map(|d| format!("{}={}", d.id, d.host)).collect();
+        let made = devices(args.disk, args.rng, args.net);
+        let shown: Vec<_> = made.iter().map(|d| format!("{}={}", d.id, d.host)).collect();
         assert_eq!(shown, ["disk0=/d,readonly", "data=/e", "rng0=kernel"]);
+        assert!(parse("vmrun --kernel k --net tap0").is_err());
+        assert!(parse("vmrun --incoming --control s --net tap=a").is_err());
+        let args = parse("vmrun --kernel k --rng --net tap=a --net tap=b,id=lan --net tap=c").unwrap();
+        let ids: Vec<_> = devices(args.disk, args.rng, args.net).into_iter().map(|d| d.id).collect();
+        assert_eq!(ids, ["rng0", "net0", "lan", "net2"]);
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(
             (args.kernel, args.memory),

@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::{PageIndex, RamMap, VmmAddr};
+use crate::memory::{PageIndex, RamMap, RamPages, VmmAddr};
 use crate::state::{MachineDescription, Problem};
 use crate::switchover::{Attempt, Ownership, SessionId};
 
@@ -317,6 +317,9 @@ pub struct Status {
     pub vcpus: u32,
     /// RAM in bytes.
     pub memory_bytes: u64,
+    /// What this host makes it of: `4K`, `2M` or `thp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram_pages: Option<RamPages>,
     /// Whether the dirty log is on.
     pub dirty_log: bool,
     /// Whether a live mover is attached.
@@ -348,6 +351,9 @@ pub struct RamLayout {
     pub map: RamMap,
     /// Where vmrun has each region mapped.
     pub vmm_addresses: Vec<VmmAddr>,
+    /// What the host makes it of.
+    #[serde(default)]
+    pub pages: RamPages,
 }
 
 /// Answer to `prepare`.

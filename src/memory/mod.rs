@@ -4,10 +4,12 @@
 
 mod address;
 mod atomic;
+mod huge;
 mod map;
 mod pages;
 
 pub use address::{GuestPhysAddr, LocalAddr, PAGE_BYTES, PageIndex, VmmAddr};
 pub use atomic::AtomicPageSet;
+pub use huge::{Granule, HUGE_PAGE_BYTES, RamPages};
 pub use map::{MAX_REGIONS, RamMap, RamMapError, RamRegion};
 pub use pages::{PageRun, PageSet};

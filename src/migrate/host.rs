@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::control::{Client, ClientError, DEFAULT_TIMEOUT, Imported, Remap};
+use crate::memory::RamPages;
 use crate::state::MachineDescription;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::memfd;
@@ -35,6 +36,8 @@ pub struct HostOptions {
     pub sandbox: bool,
     /// Its `--serial`.
     pub serial: String,
+    /// What RAM is made of there; as at the source when `None`.
+    pub ram_pages: Option<RamPages>,
     /// Host ends of devices, by id.
     pub remap: Vec<Remap>,
 }
@@ -81,7 +84,7 @@ impl Host {
         self.client.set_timeout(DEFAULT_TIMEOUT);
         let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
-        Ram::new(prepared.ram.map, memfds).map_err(|source| ClientError::Io { path: path(), source })
+        Ram::writable(&prepared.ram, memfds).map_err(|source| ClientError::Io { path: path(), source })
     }
 
     /// The control socket.
@@ -139,6 +142,9 @@ impl HostOptions {
             "--serial".into(),
             serial,
         ];
+        if let Some(pages) = self.ram_pages {
+            argv.extend(["--hugepages".into(), pages.to_string().into()]);
+        }
         if !self.sandbox {
             argv.push("--no-sandbox".into());
         }

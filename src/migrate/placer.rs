@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::memory::{AtomicPageSet, PageRun, PageSet};
+use crate::memory::{AtomicPageSet, Granule, PageRun, PageSet};
 
 use super::postcopy::pager::Pager;
 use super::ram::Ram;
@@ -14,7 +14,7 @@ use super::ram::Ram;
 /// a source that breaks it harms its own guest only.
 #[derive(Debug)]
 pub struct Placer {
-    ram: Ram,
+    ram: Arc<Ram>,
     /// Pages whose memory may hold something other than zero.
     written: AtomicPageSet,
     /// Pages of which the source has told the content at least once.
@@ -28,7 +28,7 @@ pub struct Placer {
 
 impl Placer {
     /// For RAM that is fresh: every page reads as zero.
-    pub fn new(ram: Ram) -> Self {
+    pub fn new(ram: Arc<Ram>) -> Self {
         let pages = ram.map().total_pages();
         Self {
             ram,
@@ -46,16 +46,20 @@ impl Placer {
         let _ = self.pager.set(pager);
     }
 
-    /// Throws away what was placed of `pages`: they come again.
+    /// Throws away what was placed of `pages`: they come again. Huge pages stay: `vmrun` does not see
+    /// one before all that is missing of it has been written over.
     pub fn discard(&self, pages: &PageSet) -> io::Result<()> {
+        if self.ram.pages().granule() != Granule::SMALL {
+            return Ok(());
+        }
         for run in pages.runs().filter(|run| self.written.intersects(*run)) {
-            self.for_spans(run, |span| self.ram.zero(span))?;
+            self.for_spans(run, |span| self.ram.discard(span))?;
         }
         Ok(())
     }
 
     /// The RAM.
-    pub fn ram(&self) -> &Ram {
+    pub fn ram(&self) -> &Arc<Ram> {
         &self.ram
     }
 

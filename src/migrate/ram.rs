@@ -1,4 +1,7 @@
 //! Guest RAM as a mover holds it: the map and one memfd per region.
+//!
+//! Small pages are read and written through the files. Huge ones take a mapping for writing: write(2)
+//! does not write hugetlb files, and makes no transparent huge pages.
 
 use std::fs::File;
 use std::io;
@@ -10,13 +13,22 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
 
-use crate::memory::{PAGE_BYTES, PageIndex, PageRun, RamMap};
+use crate::control::RamLayout;
+use crate::memory::{HUGE_PAGE_BYTES, PAGE_BYTES, PageIndex, PageRun, RamMap, RamPages, RamRegion};
+use crate::sys::holes::HoleProbe;
+use crate::sys::window::RamWindow;
 
 /// RAM of a guest that a `vmrun` hosts.
 #[derive(Debug)]
 pub struct Ram {
     map: RamMap,
+    pages: RamPages,
     files: Vec<File>,
+    /// To be written through, where that is not done through the files.
+    windows: Vec<RamWindow>,
+    /// What knows the holes of a region, where its file does not tell. Without one they are read as
+    /// zeros like any page.
+    probes: Vec<Option<HoleProbe>>,
 }
 
 /// Remembers, while RAM is looked through in ascending order, how far the data just seen goes on.
@@ -40,12 +52,16 @@ pub struct Span {
 }
 
 impl Ram {
-    /// Puts `memfds` to the regions of `map`; an error when they do not fit one another.
-    pub fn new(map: RamMap, memfds: Vec<OwnedFd>) -> io::Result<Self> {
+    /// Puts `memfds` to the regions of `layout`, to be read; an error when they do not fit one another.
+    pub fn new(layout: &RamLayout, memfds: Vec<OwnedFd>) -> io::Result<Self> {
+        let (map, pages) = (layout.map.clone(), layout.pages);
         let files: Vec<File> = memfds.into_iter().map(File::from).collect();
         let wrong = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
         if files.len() != map.regions().len() {
             return wrong(format!("{} memfds for {} RAM regions", files.len(), map.regions().len()));
+        }
+        if !pages.granule().fits(&map) {
+            return wrong(format!("the RAM map does not fit pages of {pages}"));
         }
         for (file, region) in files.iter().zip(map.regions()) {
             let have = file.metadata()?.len();
@@ -56,7 +72,34 @@ impl Ram {
                 ));
             }
         }
-        Ok(Self { map, files })
+        let probe = |(file, region): (&File, &RamRegion)| match pages {
+            RamPages::Huge => HoleProbe::new(file, region.bytes).ok(),
+            RamPages::Small | RamPages::Transparent => None,
+        };
+        let probes = files.iter().zip(map.regions()).map(probe).collect();
+        Ok(Self { map, pages, files, windows: Vec::new(), probes })
+    }
+
+    /// The same, to be written as well.
+    pub fn writable(layout: &RamLayout, memfds: Vec<OwnedFd>) -> io::Result<Self> {
+        let mut ram = Self::new(layout, memfds)?;
+        if ram.pages != RamPages::Small {
+            let regions = ram.files.iter().zip(ram.map.regions());
+            ram.windows =
+                regions.map(|(file, r)| RamWindow::new(file, r.bytes)).collect::<io::Result<_>>()?;
+        }
+        if ram.pages == RamPages::Transparent {
+            // A host that gives none gives small pages: as good, but slower.
+            ram.windows.iter().try_for_each(RamWindow::advise_huge).unwrap_or_else(|error| {
+                tracing::warn!("no transparent huge pages for the guest's RAM: {error}");
+            });
+        }
+        Ok(ram)
+    }
+
+    /// What the host makes it of.
+    pub fn pages(&self) -> RamPages {
+        self.pages
     }
 
     /// The map.
@@ -104,6 +147,9 @@ impl Ram {
 
     /// The byte ranges of `span` that are no holes.
     fn data_extents(&self, span: Span, cursor: &mut DataCursor) -> io::Result<Vec<(u64, u64)>> {
+        if let Some(probe) = &self.probes[span.region] {
+            return probed_extents(probe, span);
+        }
         let file = &self.files[span.region];
         let mut extents = Vec::new();
         let mut at = span.offset as i64;
@@ -129,14 +175,52 @@ impl Ram {
         Ok(extents)
     }
 
-    /// Writes `data` to `span`. Through the file, not a mapping: a fresh page is then neither
-    /// faulted in nor zeroed first, which is three times as fast.
+    /// Writes `data` to `span`. Small pages through the file, not a mapping: a fresh page is then
+    /// neither faulted in nor zeroed first, which is three times as fast.
     pub fn write(&self, span: Span, data: &[u8]) -> io::Result<()> {
-        self.files[span.region].write_all_at(data, span.offset)
+        match self.windows.get(span.region) {
+            Some(window) => window.write(span.offset, &data[..span.bytes as usize]),
+            None => self.files[span.region].write_all_at(data, span.offset)?,
+        }
+        Ok(())
     }
 
-    /// Makes `span` read as zero and gives its memory back.
+    /// Makes `span` read as zero, and gives its memory back where that is wise: a page that went back
+    /// to the pool of huge pages is not set aside for this guest any more, and giving back a part of
+    /// a transparent one takes it apart.
     pub fn zero(&self, span: Span) -> io::Result<()> {
+        let Some(window) = self.windows.get(span.region) else { return self.punch(span) };
+        let end = span.offset + span.bytes;
+        let (from, to) = match self.pages {
+            RamPages::Transparent => inner(span.offset, end),
+            RamPages::Small | RamPages::Huge => (end, end),
+        };
+        window.zero(span.offset, from - span.offset);
+        if from < to {
+            self.punch(Span { offset: from, bytes: to - from, ..span })?;
+        }
+        window.zero(to, end - to);
+        Ok(())
+    }
+
+    /// Gives the huge page at the start of `span` memory where it is a hole; its content stays.
+    pub fn touch(&self, span: Span) {
+        if let Some(window) = self.windows.get(span.region) {
+            window.touch(span.offset);
+        }
+    }
+
+    /// Gives the memory of `span` back, for good: an error where the kernel has only zeroed it, which
+    /// it does to a part of a transparent huge page that it cannot take apart.
+    pub fn discard(&self, span: Span) -> io::Result<()> {
+        self.punch(span)?;
+        if self.pages == RamPages::Small || self.data_extents(span, &mut DataCursor::default())?.is_empty() {
+            return Ok(());
+        }
+        Err(io::Error::other("the kernel keeps memory that was given back"))
+    }
+
+    fn punch(&self, span: Span) -> io::Result<()> {
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         Ok(fallocate(&self.files[span.region], mode, span.offset as i64, span.bytes as i64)?)
     }
@@ -194,12 +278,42 @@ impl Ram {
     }
 }
 
+/// The huge pages in `from..to`, as a range; empty, at `to`, where there is none.
+fn inner(from: u64, to: u64) -> (u64, u64) {
+    let first = from.next_multiple_of(HUGE_PAGE_BYTES);
+    let last = to - to % HUGE_PAGE_BYTES;
+    if first < last { (first, last) } else { (to, to) }
+}
+
+/// The parts of `span` in huge pages that have memory.
+fn probed_extents(probe: &HoleProbe, span: Span) -> io::Result<Vec<(u64, u64)>> {
+    let mut extents: Vec<(u64, u64)> = Vec::new();
+    let mut at = span.offset;
+    let end = span.offset + span.bytes;
+    while at < end {
+        let page = at - at % HUGE_PAGE_BYTES;
+        let upto = end.min(page + HUGE_PAGE_BYTES);
+        if probe.has_memory(page, HUGE_PAGE_BYTES)? {
+            match extents.last_mut() {
+                Some(last) if last.1 == at => last.1 = upto,
+                _ => extents.push((at, upto)),
+            }
+        }
+        at = upto;
+    }
+    Ok(extents)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{GuestPhysAddr, RamRegion};
+    use crate::memory::GuestPhysAddr;
 
     fn ram() -> Ram {
+        ram_of(RamPages::Small)
+    }
+
+    fn ram_of(pages: RamPages) -> Ram {
         let map = RamMap::new(vec![
             RamRegion { start: GuestPhysAddr(0), bytes: 1 << 20 },
             RamRegion { start: GuestPhysAddr(4 << 30), bytes: 1 << 20 },
@@ -213,7 +327,7 @@ mod tests {
                 fd
             })
             .collect();
-        Ram::new(map, fds).unwrap()
+        Ram::writable(&RamLayout { map, vmm_addresses: vec![], pages }, fds).unwrap()
     }
 
     fn run(first: u64, pages: u64) -> PageRun {
@@ -253,5 +367,23 @@ mod tests {
         b.write(b.span(run(301, 1)).unwrap(), &[7; 4096]).unwrap();
         b.zero(b.span(run(300, 1)).unwrap()).unwrap();
         assert_ne!(a.digest().unwrap(), b.digest().unwrap());
+    }
+
+    #[test]
+    fn whole_huge_pages_are_given_back_and_the_rest_is_zeroed() {
+        const M: u64 = 1 << 20;
+        assert_eq!(inner(0, 4 * M), (0, 4 * M));
+        assert_eq!(inner(M, 5 * M), (2 * M, 4 * M));
+        assert_eq!(inner(M, 3 * M), (3 * M, 3 * M));
+        assert_eq!(inner(2 * M, 3 * M), (3 * M, 3 * M));
+        // Through a mapping all is as through the file.
+        let (a, b) = (ram(), ram_of(RamPages::Transparent));
+        for ram in [&a, &b] {
+            ram.write(ram.span(run(300, 3)).unwrap(), &[7; 3 * 4096]).unwrap();
+            ram.zero(ram.span(run(301, 1)).unwrap()).unwrap();
+        }
+        assert_eq!(a.digest().unwrap(), b.digest().unwrap());
+        b.discard(b.span(run(300, 3)).unwrap()).unwrap();
+        assert_eq!(b.digest().unwrap(), ram().digest().unwrap());
     }
 }

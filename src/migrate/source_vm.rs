@@ -37,7 +37,7 @@ impl SourceVm {
     /// The guest's RAM.
     pub fn ram(&mut self) -> Result<Ram, ClientError> {
         let (layout, memfds) = self.client.ram()?;
-        Ram::new(layout.map, memfds).map_err(|e| self.broken(e))
+        Ram::new(&layout, memfds).map_err(|e| self.broken(e))
     }
 
     /// Turns dirty logging on.

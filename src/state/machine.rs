@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::RamMap;
+use crate::memory::{RamMap, RamPages};
 pub use crate::wire::Problem;
 
 /// A machine as its `vmrun` describes it. The receiver's `vmrun` makes itself the same, or names
@@ -19,6 +19,10 @@ pub struct MachineDescription {
     pub vcpus: u32,
     /// Guest RAM.
     pub ram: RamMap,
+    /// What guest RAM is made of where it is now. The next host makes it of the same, unless its
+    /// operator says otherwise.
+    #[serde(default)]
+    pub ram_pages: RamPages,
     /// The CPUID table of vCPU 0 (the others differ in their APIC id only).
     pub cpuid: Vec<CpuidEntry>,
     /// The MSRs that the saved state will hold, by index.

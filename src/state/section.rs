@@ -38,6 +38,8 @@ pub enum SectionKind {
     Serial = 16,
     /// A virtio disk; `instance` is its slot, as for all virtio devices.
     VirtioBlock = 34,
+    /// A virtio network card; `instance` is its slot, as for all virtio devices.
+    VirtioNet = 33,
     /// A virtio source of random numbers.
     VirtioRng = 36,
 }
@@ -51,6 +53,7 @@ impl SectionKind {
             4 => Self::Clock,
             16 => Self::Serial,
             34 => Self::VirtioBlock,
+            33 => Self::VirtioNet,
             36 => Self::VirtioRng,
             _ => return None,
         })
@@ -66,6 +69,7 @@ impl fmt::Display for SectionKind {
             Self::Clock => "clock",
             Self::Serial => "serial",
             Self::VirtioBlock => "virtio-block",
+            Self::VirtioNet => "virtio-net",
             Self::VirtioRng => "virtio-rng",
         })
     }

@@ -1,10 +1,14 @@
 //! The saved state of virtio devices: the transport's part, which all have, and each kind's own.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The version of [`VirtioState`] with [`VirtioBlockState`] that is written.
 pub const VIRTIO_BLOCK_VERSION: u32 = 1;
+/// The version of [`VirtioState`] with [`VirtioNetState`] that is written.
+pub const VIRTIO_NET_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioRngState`] that is written.
 pub const VIRTIO_RNG_VERSION: u32 = 1;
 
@@ -64,6 +68,17 @@ pub struct VirtioQueueState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VirtioBlockState {}
+/// A network card. Its Ethernet address is in the machine's description.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioNetState {
+    /// IPv4 addresses that the guest was seen to use, the latest at the end.
+    pub seen_v4: Vec<Ipv4Addr>,
+    /// IPv6 addresses that the guest was seen to use, the latest at the end.
+    pub seen_v6: Vec<Ipv6Addr>,
+    /// The guest is asked to announce itself (VIRTIO_NET_S_ANNOUNCE), and has not yet.
+    pub announce: bool,
+}
 
 /// A source of random numbers has no state of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,7 +13,17 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 ///
 /// `name` shows in `/proc/PID/fd` and `/proc/PID/maps`.
 pub fn create_sealed(name: &CStr, bytes: u64) -> io::Result<File> {
-    let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    create(name, bytes, MFdFlags::empty())
+}
+
+/// The same of huge pages of 2 MiB (hugetlb), of which `bytes` is a multiple. None is taken from the
+/// host's pool, nor set aside, before it is mapped. Such a file cannot be written by write(2).
+pub fn create_sealed_huge(name: &CStr, bytes: u64) -> io::Result<File> {
+    create(name, bytes, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)
+}
+
+fn create(name: &CStr, bytes: u64, kind: MFdFlags) -> io::Result<File> {
+    let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind)?);
     file.set_len(bytes)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;

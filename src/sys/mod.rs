@@ -4,11 +4,14 @@
 
 pub mod bitmap;
 pub mod fdpass;
+pub mod holes;
 pub mod kick;
 pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
 pub mod sandbox;
 pub mod spawn;
+pub mod tap;
 pub mod uffd;
 pub mod view;
+pub mod window;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::virtio::HostEnd;
 use super::{KernelSource, SerialBackend};
+use crate::memory::RamPages;
 
 /// A machine to boot.
 #[derive(Clone, Debug)]
@@ -15,6 +16,8 @@ pub struct MachineConfig {
     pub uuid: String,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// What RAM is made of.
+    pub ram_pages: RamPages,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// What is booted.
@@ -41,6 +44,8 @@ pub struct DeviceConfig {
 /// What a host decides about a machine that comes in.
 #[derive(Clone, Debug, Default)]
 pub struct LocalConfig {
+    /// What RAM is made of; as where the machine comes from when `None`.
+    pub ram_pages: Option<RamPages>,
     /// What the serial port is connected to, unless it is remapped.
     pub serial: SerialBackend,
     /// `--remap ID=VALUE`: host paths by device id.

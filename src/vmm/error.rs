@@ -24,6 +24,8 @@ pub enum VmmError {
     AllocateRam { bytes: u64, source: io::Error },
     #[error("memory of {} MiB is asked for, this host has {} MiB available", .wanted >> 20, .available >> 20)]
     TooMuchRam { wanted: u64, available: u64 },
+    #[error("guest RAM of huge pages: {0}")]
+    HugePages(String),
     #[error("memory of {0} bytes is not a multiple of 2 MiB, or is none at all")]
     MemorySize(u64),
     #[error(transparent)]

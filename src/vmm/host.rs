@@ -8,6 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::VmmError;
+use super::pool::HugePool;
 use super::x86::{cpuid, msrs};
 use crate::state::CpuidEntry;
 use crate::sys::kvm_ext;
@@ -43,6 +44,8 @@ pub struct HostAbilities {
     pub max_vcpus: u32,
     /// MemAvailable of /proc/meminfo in bytes, at the time of asking.
     pub memory_available_bytes: u64,
+    /// Huge pages, at the time of asking.
+    pub huge_pages: HugePool,
 }
 
 impl HostAbilities {
@@ -57,7 +60,11 @@ impl HostAbilities {
                 ONCE.get_or_init(|| probed)
             }
         };
-        Ok(Self { memory_available_bytes: memory_available_bytes(), ..known.clone() })
+        Ok(Self {
+            memory_available_bytes: memory_available_bytes(),
+            huge_pages: HugePool::of_this_host(),
+            ..known.clone()
+        })
     }
 
     fn probe(kvm: &Kvm) -> Result<Self, VmmError> {
@@ -87,6 +94,7 @@ impl HostAbilities {
             xsave_bytes: xsave_bytes(&vm),
             max_vcpus: kvm.get_max_vcpus() as u32,
             memory_available_bytes: 0,
+            huge_pages: HugePool::default(),
         })
     }
 

@@ -23,7 +23,7 @@ use super::x86::save::VcpuLayout;
 use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
 use super::{Exported, Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
-use crate::memory::{GuestPhysAddr, PageIndex, PageRun, PageSet};
+use crate::memory::{GuestPhysAddr, PageIndex, PageRun, PageSet, RamPages};
 use crate::state::{
     CLOCK_VERSION, DeviceDescription, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem,
     SERIAL_VERSION, TscFrequency,
@@ -79,10 +79,12 @@ impl Machine {
         }
         let map = memory::ram_map(config.memory_bytes)?;
         let available = host.memory_available_bytes;
-        if config.memory_bytes > available {
+        if config.ram_pages == RamPages::Huge {
+            host.huge_pages.problem(config.memory_bytes).map_or(Ok(()), |p| Err(VmmError::HugePages(p)))?;
+        } else if config.memory_bytes > available {
             return Err(VmmError::TooMuchRam { wanted: config.memory_bytes, available });
         }
-        let ram = GuestRam::new(map, &config.name)?;
+        let ram = GuestRam::new(map, &config.name, config.ram_pages)?;
         let devices = open_devices(config)?;
         let description = describe(config, &ram, &host, &devices);
         let mut cmdline = config.cmdline.clone();
@@ -125,10 +127,12 @@ impl Machine {
     ) -> Result<Self, PrepareError> {
         let kvm = host::open_kvm()?;
         let host = HostAbilities::of_this_host(&kvm)?;
-        let mut problems = preflight::problems(desc, &host);
+        let mut description = desc.clone();
+        description.ram_pages = local.ram_pages.unwrap_or(desc.ram_pages);
+        let mut problems = preflight::problems(&description, &host);
         problems.extend(preflight::unknown_remaps(desc, local.remaps.keys()));
         if local.postcopy {
-            problems.extend(preflight::userfaultfd_problem());
+            problems.extend(preflight::userfaultfd_problem(description.ram_pages));
         }
         let serial = match local.remaps.get(SERIAL_ID).map(|text| text.parse()) {
             None => local.serial.clone(),
@@ -144,7 +148,7 @@ impl Machine {
             return Err(PrepareError::Refused(problems));
         }
         let fault = FaultPoint::of(&local);
-        let ram = GuestRam::new(desc.ram.clone(), &desc.name)?;
+        let ram = GuestRam::new(desc.ram.clone(), &desc.name, description.ram_pages)?;
         let (vm, fds) = create(&kvm, &ram, desc.vcpus)?;
         for device in description.devices.iter_mut().filter(|d| d.id == SERIAL_ID) {
             device.host = Some(serial.to_string());
@@ -406,6 +410,7 @@ fn describe(
         uuid: config.uuid.clone(),
         vcpus: config.vcpus,
         ram: ram.map().clone(),
+        ram_pages: ram.pages(),
         cpuid: cpuid::for_vcpu(&host.cpuid, 0, config.vcpus),
         msrs: host.msrs.clone(),
         capabilities: host.capabilities.clone(),

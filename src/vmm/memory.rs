@@ -15,10 +15,12 @@ use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 #[cfg(test)]
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
 
 use super::VmmError;
-use crate::memory::{GuestPhysAddr, RamMap, RamRegion, VmmAddr};
+use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion, VmmAddr};
 use crate::sys::memfd;
 
 /// RAM sizes are multiples of this, so that huge pages fit.
@@ -50,28 +52,34 @@ pub struct GuestRam {
     memory: TrackedMemory,
     memfds: Vec<File>,
     addresses: Vec<VmmAddr>,
+    pages: RamPages,
 }
 
 impl GuestRam {
-    /// Makes fresh RAM, all zero, of which nothing is allocated until it is touched. `name` shows
-    /// in `/proc` beside the memfds.
-    pub fn new(map: RamMap, name: &str) -> Result<Self, VmmError> {
+    /// Makes fresh RAM, all zero, of which nothing is allocated until it is touched; huge pages are
+    /// set aside in the host's pool at once, so that none is lacking later. `name` shows in `/proc`
+    /// beside the memfds.
+    pub fn new(map: RamMap, name: &str, pages: RamPages) -> Result<Self, VmmError> {
         let total = map.total_bytes();
         let allocate = |source| VmmError::AllocateRam { bytes: total, source };
         let label: String =
             name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(100).collect();
         let mut memfds = Vec::new();
-        let mut ranges = Vec::new();
+        let mut regions = Vec::new();
         for (i, region) in map.regions().iter().enumerate() {
             let label = CString::new(format!("vmrun-{label}-{i}")).expect("no NUL among the letters");
-            let file = memfd::create_sealed(&label, region.bytes).map_err(allocate)?;
-            let mapped = file.try_clone().map_err(allocate)?;
-            let at = GuestAddress(region.start.0);
-            ranges.push((at, region.bytes as usize, Some(FileOffset::new(mapped, 0))));
+            let file = match pages {
+                RamPages::Huge => memfd::create_sealed_huge(&label, region.bytes),
+                RamPages::Small | RamPages::Transparent => memfd::create_sealed(&label, region.bytes),
+            };
+            let file = file.map_err(allocate)?;
+            let mapped = map_region(&file, region.bytes, pages).map_err(allocate)?;
+            let region = GuestRegionMmap::new(mapped, GuestAddress(region.start.0));
+            regions.push(region.ok_or_else(|| allocate(io::Error::other("it ends beyond all addresses")))?);
             memfds.push(file);
         }
-        let memory = TrackedMemory::from_ranges_with_files(&ranges)
-            .map_err(|e| allocate(io::Error::other(e.to_string())))?;
+        let memory =
+            TrackedMemory::from_regions(regions).map_err(|e| allocate(io::Error::other(e.to_string())))?;
         let mut addresses = Vec::new();
         for region in map.regions() {
             let pointer = memory
@@ -79,7 +87,12 @@ impl GuestRam {
                 .map_err(|e| allocate(io::Error::other(e.to_string())))?;
             addresses.push(VmmAddr(pointer as u64));
         }
-        Ok(Self { map, memory, memfds, addresses })
+        Ok(Self { map, memory, memfds, addresses, pages })
+    }
+
+    /// What it is made of.
+    pub fn pages(&self) -> RamPages {
+        self.pages
     }
 
     /// The RAM map.
@@ -139,6 +152,21 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Takes the memory out of this process's mapping; the files keep it. What is touched from here on
+    /// faults, whatever was touched before.
+    pub fn unmap(&self) -> io::Result<()> {
+        for (region, address) in self.map.regions().iter().zip(&self.addresses) {
+            // SAFETY: exactly a mapping of ours, shared: its content is the file's and stays.
+            let done = unsafe {
+                libc::madvise(address.0 as *mut libc::c_void, region.bytes as usize, libc::MADV_DONTNEED)
+            };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Adds the pages that this process wrote since the last call to `words` (dense numbering, one
     /// bit a page), and forgets them.
     pub(super) fn take_device_written(&self, words: &mut [u64]) {
@@ -159,6 +187,25 @@ impl GuestRam {
             Bitmap::mark_dirty(region.get_mmap().bitmap(), offset as usize, 1);
         }
     }
+}
+
+/// Maps a memfd, shared. Without MAP_NORESERVE a mapping of huge pages sets them aside, or fails.
+fn map_region(file: &File, bytes: u64, pages: RamPages) -> io::Result<MmapRegion<AtomicBitmap>> {
+    let set_aside = if pages == RamPages::Huge { 0 } else { libc::MAP_NORESERVE };
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let at = FileOffset::new(file.try_clone()?, 0);
+    let region = MmapRegion::build(Some(at), bytes as usize, access, libc::MAP_SHARED | set_aside)
+        .map_err(|e| io::Error::other(e.to_string()))?;
+    if pages == RamPages::Transparent {
+        // SAFETY: exactly the range that was just mapped; the advice changes no content.
+        let advised = unsafe { libc::madvise(region.as_ptr().cast(), bytes as usize, libc::MADV_HUGEPAGE) };
+        if advised != 0 {
+            // A host that gives none gives small pages: as good, but slower.
+            let error = io::Error::last_os_error();
+            tracing::warn!("no transparent huge pages for the guest's RAM: {error}");
+        }
+    }
+    Ok(region)
 }
 
 #[cfg(test)]
@@ -182,7 +229,7 @@ mod tests {
             RamRegion { start: GuestPhysAddr(HIGH_RAM_START), bytes: 2 << 20 },
         ])
         .unwrap();
-        let ram = GuestRam::new(map, "a test").unwrap();
+        let ram = GuestRam::new(map, "a test", RamPages::Small).unwrap();
         ram.write(GuestPhysAddr(0x1fff), &[1, 2]).unwrap();
         ram.mark_device_written(GuestPhysAddr(HIGH_RAM_START + 4096));
         let mut words = vec![0; 16];

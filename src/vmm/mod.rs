@@ -13,6 +13,7 @@ mod host;
 mod machine;
 pub mod memory;
 mod notice;
+mod pool;
 mod preflight;
 mod saved;
 pub mod service;

@@ -3,6 +3,7 @@
 use super::host::HostAbilities;
 use super::virtio::{Kind, MAX_DEVICES};
 use super::x86::{cpuid, features, msrs};
+use crate::memory::{Granule, RamPages};
 use crate::state::{
     CLOCK_VERSION, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem, SERIAL_VERSION,
 };
@@ -27,7 +28,12 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
     let mut say = |topic: &str, text: String| out.push(Problem { topic: topic.into(), text });
 
     let bytes = desc.ram.total_bytes();
-    if bytes > host.memory_available_bytes {
+    if desc.ram_pages == RamPages::Huge {
+        if !Granule::HUGE.fits(&desc.ram) {
+            say("hugepages", "the machine's RAM regions are no multiples of 2 MiB".into());
+        }
+        host.huge_pages.problem(bytes).into_iter().for_each(|text| say("hugepages", text));
+    } else if bytes > host.memory_available_bytes {
         let have = host.memory_available_bytes >> 20;
         let text =
             format!("the machine has {} MiB of RAM, the receiver has {have} MiB available", bytes >> 20);
@@ -92,12 +98,16 @@ pub fn problems(desc: &MachineDescription, host: &HostAbilities) -> Vec<Problem>
     out
 }
 
-/// Why page faults of a guest cannot be served here, if they cannot.
-pub fn userfaultfd_problem() -> Option<Problem> {
-    let error = FaultFd::new().err()?;
+/// Why page faults of a guest whose RAM is made of `pages` cannot be served here, if they cannot.
+pub fn userfaultfd_problem(pages: RamPages) -> Option<Problem> {
+    let made = match pages {
+        RamPages::Huge => FaultFd::for_huge_pages(),
+        RamPages::Small | RamPages::Transparent => FaultFd::new(),
+    };
+    let error = made.err()?;
     let text = format!(
         "pages are to come after the guest (postcopy), and the receiver cannot make a userfaultfd: {error} \
-         (vmrun needs access to /dev/userfaultfd, or CAP_SYS_PTRACE)"
+         (vmrun needs access to /dev/userfaultfd, or CAP_SYS_PTRACE; with 2M pages Linux 5.18)"
     );
     Some(Problem { topic: "userfaultfd".into(), text })
 }
@@ -135,6 +145,7 @@ mod tests {
     use super::*;
     use crate::memory::{GuestPhysAddr, RamMap, RamRegion};
     use crate::state::{CpuidEntry, DeviceDescription, TscFrequency};
+    use crate::vmm::pool::HugePool;
 
     fn machine() -> MachineDescription {
         let leaf1 = CpuidEntry { function: 1, index: 0, flags: 0, eax: 0, ebx: 0, ecx: 1 << 28, edx: 0 };
@@ -143,6 +154,7 @@ mod tests {
             uuid: "u".into(),
             vcpus: 2,
             ram: RamMap::new(vec![RamRegion { start: GuestPhysAddr(0), bytes: 64 << 20 }]).unwrap(),
+            ram_pages: RamPages::Small,
             cpuid: vec![leaf1],
             msrs: vec![0x277],
             capabilities: vec!["KVM_CAP_SREGS2".into()],
@@ -168,6 +180,7 @@ mod tests {
             xsave_bytes: 4096,
             max_vcpus: 4,
             memory_available_bytes: 1 << 30,
+            huge_pages: HugePool { free: 4, total: 8 },
         }
     }
 
@@ -183,6 +196,11 @@ mod tests {
     fn each_thing_that_is_missing_is_named() {
         let cases: &[Case] = &[
             (|_, h| h.memory_available_bytes = 1 << 20, "ram", "64 MiB of RAM, the receiver has 1 MiB"),
+            (
+                |m, _| m.ram_pages = RamPages::Huge,
+                "hugepages",
+                "32 free huge pages of 2 MiB are needed, 4 of 8",
+            ),
             (|m, _| m.vcpus = 5, "vcpus", "5 vCPUs"),
             (|m, _| m.vcpus = 0, "vcpus", "0 vCPUs"),
             (|_, h| h.cpuid.clear(), "cpuid", "avx (CPUID 0x1.0 ECX bit 28)"),

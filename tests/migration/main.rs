@@ -14,6 +14,7 @@ mod chaos;
 mod devices;
 mod happy;
 mod hostile;
+mod hugepages;
 mod network;
 mod postcopy;
 mod precopy;

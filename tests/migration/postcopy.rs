@@ -33,8 +33,14 @@ impl Pair {
     }
 
     pub fn with(cmdline: &str) -> Self {
+        Self::of("4K", cmdline)
+    }
+
+    /// With memory of `pages`, on both sides.
+    pub fn of(pages: &str, cmdline: &str) -> Self {
         let scene = Scene::new();
-        let a = scene.guest("a", "64M", 1, &format!("fill=24M ws=1M rate=2 scan=1 {cmdline}"));
+        let cmdline = format!("fill=24M ws=1M rate=2 scan=1 {cmdline}");
+        let a = scene.guest_of(pages, "a", "64M", 1, &cmdline);
         let b = scene.receiver("b", &[]);
         let link = Proxy::to(&b.address);
         Self { a, b, link, scene }
@@ -89,7 +95,7 @@ pub fn check_answers(host: &Host) -> Status {
 
 /// The result tells of pages that came after the guest.
 #[track_caller]
-fn check_result(end: &End) {
+pub fn check_result(end: &End) {
     let result = end.expect(0, &[]).result();
     assert!(result["postcopy_pages"].as_u64().unwrap() > 0, "{result}");
     let latency = &result["latency"];

@@ -18,6 +18,9 @@ pub enum Way {
     ToSource,
 }
 
+/// Makes another payload of one.
+type Change = dyn FnOnce(&[u8]) -> Vec<u8> + Send;
+
 /// What happens to a frame, once.
 enum Act {
     /// It waits until the test lets it go on.
@@ -25,7 +28,7 @@ enum Act {
     /// It is lost, and the link with it.
     Cut,
     /// Its payload is changed.
-    Rewrite(Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>),
+    Rewrite(Box<Change>),
     /// It comes twice.
     Repeat,
 }

@@ -123,18 +123,35 @@ impl Scene {
 
     /// A heartbeat guest that has filled its memory and beats.
     pub fn guest(&self, name: &str, memory: &str, cpus: u32, cmdline: &str) -> Vmrun {
+        self.guest_of("4K", name, memory, cpus, cmdline)
+    }
+
+    /// The same with memory of `pages`.
+    pub fn guest_of(&self, pages: &str, name: &str, memory: &str, cpus: u32, cmdline: &str) -> Vmrun {
         let cmdline = format!("vcpus={cpus} {cmdline} beat=5 status=50");
         let args = [
             "--kernel",
             "builtin:heartbeat",
             "--memory",
             memory,
+            "--hugepages",
+            pages,
             "--cpus",
             &cpus.to_string(),
             "--cmdline",
             &cmdline,
         ];
         let vmrun = self.vmrun(name, &args);
+        let filled = || fs::read_to_string(&vmrun.host.log).ok()?.contains("heartbeat: filled").then_some(());
+        until("the guest has filled its memory", filled);
+        vmrun
+    }
+
+    /// A small guest in a vmrun that `command` starts, with arguments of its own.
+    pub fn guest_from(&self, name: &str, command: Command, args: &[&str]) -> Vmrun {
+        let guest = ["--kernel", "builtin:heartbeat", "--memory", "32M"];
+        let cmdline = ["--cmdline", "vcpus=1 fill=8M ws=1M rate=5 beat=5 status=50"];
+        let vmrun = self.vmrun_from(name, command, &[&guest[..], &cmdline, args].concat());
         let filled = || fs::read_to_string(&vmrun.host.log).ok()?.contains("heartbeat: filled").then_some(());
         until("the guest has filled its memory", filled);
         vmrun
@@ -151,8 +168,12 @@ impl Scene {
     }
 
     pub fn vmrun(&self, name: &str, args: &[&str]) -> Vmrun {
+        self.vmrun_from(name, self.command("vmrun"), args)
+    }
+
+    /// `command` is vmrun, or ends in starting it.
+    pub fn vmrun_from(&self, name: &str, mut command: Command, args: &[&str]) -> Vmrun {
         let host = self.host(name);
-        let mut command = self.command("vmrun");
         command.arg("--control").arg(&host.control).arg("--serial").arg(with("file:", &host.log)).args(args);
         let mut program = self.start(&format!("vmrun-{name}"), command);
         until("vmrun answers", || {

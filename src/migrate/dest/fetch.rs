@@ -22,7 +22,7 @@ pub(super) struct TakenOver {
     name: String,
     /// Where the one before listened, as far as it was recorded.
     pub listen: Option<String>,
-    fetched: Option<(Postcopy, Arc<Pager>, Ram)>,
+    fetched: Option<(Postcopy, Arc<Pager>, Arc<Ram>)>,
 }
 
 /// Takes the guest of a receiver that died: its ownership, and in postcopy its userfaultfd, its RAM
@@ -46,8 +46,8 @@ pub(super) fn take_over(host: &mut Host) -> Result<TakenOver, MigrateError> {
     let mut taken = TakenOver { attempt, step, uuid, name, listen: None, fetched: None };
     if status.missing_pages.is_some() {
         let (postcopy, uffd, present, memfds) = host.client.postcopy_adopt().map_err(failed)?;
-        let ram = Ram::new(postcopy.ram.map.clone(), memfds).map_err(failed)?;
-        let pager = Pager::resume(&postcopy, uffd, present).map_err(failed)?;
+        let ram = Arc::new(Ram::writable(&postcopy.ram, memfds).map_err(failed)?);
+        let pager = Pager::resume(&postcopy, ram.clone(), uffd, present).map_err(failed)?;
         taken.listen = Some(postcopy.listen.clone());
         taken.fetched = Some((postcopy, pager, ram));
     } else {
@@ -104,7 +104,7 @@ impl Arrival<'_> {
         let missing = PageSet::from_words(missing, placer.ram().map().total_pages());
         placer.discard(&missing).map_err(|e| failed(format!("stale pages cannot be thrown away: {e}")))?;
         let (postcopy, uffd, present) = self.host.client.postcopy_arm(attempt, &listen).map_err(failed)?;
-        let pager = Pager::new(&postcopy, uffd, present, &missing).map_err(failed)?;
+        let pager = Pager::new(&postcopy, placer.ram().clone(), uffd, present, &missing).map_err(failed)?;
         placer.page_with(pager.clone());
         if let Some(main) = &session.main {
             pager.connect(main.sender().clone());

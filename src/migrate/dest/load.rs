@@ -1,5 +1,6 @@
 //! Loading: the machine, the ends of passes, the end of it all, the import.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::control::{ClientError, FailureCode, Imported};
@@ -26,7 +27,7 @@ impl Arrival<'_> {
         }
         match self.host.prepare(session.attempt, &machine, session.hello.wants_postcopy()) {
             Ok(ram) => {
-                let _ = session.placer.set(Some(Placer::new(ram)));
+                let _ = session.placer.set(Some(Placer::new(Arc::new(ram))));
                 self.say(&Message::Accepted)
             }
             Err(error) => {

@@ -64,23 +64,38 @@ pub fn receive(
     take_in(options, signal, observer, host, None)
 }
 
-/// Takes over from a receiver that has died: from its `vmrun`, with the guest that is acknowledged
-/// or runs there and the set of pages that are present.
-pub fn resume(
-    options: &ReceiveOptions,
-    listen: Option<Address>,
-    signal: &AtomicUsize,
-    observer: &mut dyn Observer,
-) -> Result<Arrived, MigrateError> {
-    let mut host = Host::open(&options.host)?;
-    let taken = fetch::take_over(&mut host)?;
-    let mut options = options.clone();
-    options.listen = match (listen, &taken.listen) {
-        (Some(listen), _) => listen,
-        (None, Some(recorded)) => recorded.parse().map_err(failed)?,
-        (None, None) => return Err(failed("nobody has recorded where to listen: say LISTEN")),
-    };
-    take_in(&options, signal, observer, host, Some(taken))
+/// What was taken over from a receiver that has died: its `vmrun`, with the guest that is acknowledged
+/// or runs there and the set of pages that are present. It has no thread yet and has heard nothing
+/// from another host.
+pub struct Takeover {
+    options: ReceiveOptions,
+    host: Host,
+    taken: TakenOver,
+}
+
+impl Takeover {
+    /// Takes over. Where to listen is `listen`, or what the one before has recorded.
+    pub fn from_vmrun(options: &ReceiveOptions, listen: Option<Address>) -> Result<Self, MigrateError> {
+        let mut host = Host::open(&options.host)?;
+        let taken = fetch::take_over(&mut host)?;
+        let mut options = options.clone();
+        options.listen = match (listen, &taken.listen) {
+            (Some(listen), _) => listen,
+            (None, Some(recorded)) => recorded.parse().map_err(failed)?,
+            (None, None) => return Err(failed("nobody has recorded where to listen: say LISTEN")),
+        };
+        Ok(Self { options, host, taken })
+    }
+
+    /// Where the source is going to be waited for.
+    pub fn listen(&self) -> &Address {
+        &self.options.listen
+    }
+
+    /// Goes on as [`receive`] does.
+    pub fn resume(self, signal: &AtomicUsize, observer: &mut dyn Observer) -> Result<Arrived, MigrateError> {
+        take_in(&self.options, signal, observer, self.host, Some(self.taken))
+    }
 }
 
 fn take_in(

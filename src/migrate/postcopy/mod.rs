@@ -6,6 +6,7 @@
 //! is pure: [`wanted`] at the destination, [`owed`] and [`heard`] at the source.
 
 pub mod heard;
+mod hidden;
 pub mod latency;
 #[cfg(test)]
 mod model;

@@ -135,6 +135,9 @@ fn start() -> World {
     }
 }
 
+/// Takes what may happen next: whether it is a fault, and what it does.
+type Branch<'a> = dyn FnMut(bool, &dyn Fn(&mut World)) + 'a;
+
 impl World {
     fn is_wrong(&self) -> bool {
         let lacks = self.mem[1..].iter().any(|mem| *mem != Mem::Data);
@@ -312,7 +315,7 @@ impl World {
         next
     }
 
-    fn at_the_source(&self, branch: &mut dyn FnMut(bool, &dyn Fn(&mut World))) {
+    fn at_the_source(&self, branch: &mut Branch) {
         let Some(s) = &self.sender else {
             // `vmsend --resume`
             let heard = Heard::new(false, TOTAL);
@@ -345,7 +348,7 @@ impl World {
         }
     }
 
-    fn at_the_destination(&self, branch: &mut dyn FnMut(bool, &dyn Fn(&mut World)), mutant: Mutant) {
+    fn at_the_destination(&self, branch: &mut Branch, mutant: Mutant) {
         let Some(r) = &self.receiver else {
             // `vmrecv --resume`: all who wait look again.
             branch(false, &|w| {

@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 
 use crate::control::Postcopy;
-use crate::memory::{GuestPhysAddr, PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap, VmmAddr};
+use crate::memory::{Granule, GuestPhysAddr, PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap, VmmAddr};
+use crate::migrate::ram::Ram;
 use crate::sys::bitmap::SharedBitmap;
 use crate::sys::uffd::{FaultFd, Placed};
 use crate::transport::Sender;
 use crate::wire::Message;
 use crate::wire::limits::MAX_REQUESTED_PAGES;
 
+use super::hidden::Hidden;
 use super::latency::{Histogram, Latency};
 use super::wanted::{Fault, Wanted};
 
@@ -25,7 +27,10 @@ const STEP_MS: u16 = 200;
 /// Serves the faults of a receiving `vmrun` until every page is present.
 #[derive(Debug)]
 pub struct Pager {
-    faults: FaultFd,
+    pub(super) faults: FaultFd,
+    pub(super) ram: Arc<Ram>,
+    pub(super) granule: Granule,
+    pub(super) hidden: Hidden,
     map: RamMap,
     addresses: Vec<VmmAddr>,
     /// What is here, and what was asked for and has not come.
@@ -35,8 +40,17 @@ pub struct Pager {
     latency: Histogram,
     data_pages: AtomicU64,
     zero_pages: AtomicU64,
-    stop: AtomicBool,
+    pub(super) stop: AtomicBool,
     complete: OnceLock<Complete>,
+}
+
+/// What has come of marking pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Marked {
+    /// A granule lacks nothing any more.
+    pub is_whole: bool,
+    /// The last missing page was among them.
+    pub is_last: bool,
 }
 
 /// Whom to tell that every page is present.
@@ -53,6 +67,7 @@ impl Pager {
     /// zero). Writes the present set down before anything else happens.
     pub fn new(
         postcopy: &Postcopy,
+        ram: Arc<Ram>,
         uffd: OwnedFd,
         present: OwnedFd,
         missing: &PageSet,
@@ -63,24 +78,39 @@ impl Pager {
             word.store(!missing, Ordering::Release);
         }
         debug_assert!(map.total_pages().is_multiple_of(64), "RAM regions are multiples of 64 pages");
-        Ok(Self::with(postcopy, uffd, present, missing.count()))
+        Ok(Self::with(postcopy, ram, uffd, present, missing.count()))
     }
 
     /// For RAM whose present set an earlier receiver has kept.
-    pub fn resume(postcopy: &Postcopy, uffd: OwnedFd, present: OwnedFd) -> io::Result<Arc<Self>> {
+    pub fn resume(
+        postcopy: &Postcopy,
+        ram: Arc<Ram>,
+        uffd: OwnedFd,
+        present: OwnedFd,
+    ) -> io::Result<Arc<Self>> {
         let total = postcopy.ram.map.total_pages();
         let present = SharedBitmap::new(present, total)?;
         let there: u64 =
             present.words().iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum();
-        Ok(Self::with(postcopy, uffd, present, total.saturating_sub(there)))
+        Ok(Self::with(postcopy, ram, uffd, present, total.saturating_sub(there)))
     }
 
-    fn with(postcopy: &Postcopy, uffd: OwnedFd, present: SharedBitmap, missing: u64) -> Arc<Self> {
+    fn with(
+        postcopy: &Postcopy,
+        ram: Arc<Ram>,
+        uffd: OwnedFd,
+        present: SharedBitmap,
+        missing: u64,
+    ) -> Arc<Self> {
+        let granule = ram.pages().granule();
         Arc::new(Self {
             faults: FaultFd::from_fd(uffd),
+            ram,
+            granule,
+            hidden: Hidden::default(),
             map: postcopy.ram.map.clone(),
             addresses: postcopy.ram.vmm_addresses.clone(),
-            wanted: Mutex::new(Wanted::new(present, missing)),
+            wanted: Mutex::new(Wanted::new(present, missing).seen_by(granule)),
             line: Mutex::new(None),
             latency: Histogram::default(),
             data_pages: AtomicU64::new(0),
@@ -101,7 +131,12 @@ impl Pager {
                 tracing::error!("page faults cannot be served any more: {error}");
             }
         };
-        std::thread::Builder::new().name("pager".to_owned()).spawn(serve).map(drop)
+        std::thread::Builder::new().name("pager".to_owned()).spawn(serve)?;
+        if self.granule == Granule::SMALL {
+            return Ok(());
+        }
+        let pager = self.clone();
+        std::thread::Builder::new().name("show".to_owned()).spawn(move || pager.show_present()).map(drop)
     }
 
     /// Ends the fault thread.
@@ -135,7 +170,7 @@ impl Pager {
         *self.line() = Some(line);
         let mut waits: Vec<(u64, Instant)> = self.wanted().waits().collect();
         waits.sort_by_key(|(_, since)| *since);
-        self.request(waits.into_iter().map(|(page, _)| page).collect());
+        self.request(waits.into_iter().flat_map(|(page, _)| self.lacking_around(page)).collect());
     }
 
     /// The connection is gone: requests wait for the next.
@@ -155,6 +190,9 @@ impl Pager {
     /// Puts `data` to the pages of `run`, each page whole and only where it is missing.
     pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
         self.data_pages.fetch_add(run.pages, Ordering::Relaxed);
+        if self.granule != Granule::SMALL {
+            return self.fill(run, Some(data));
+        }
         let lacking = self.wanted().lacking(run);
         for part in lacking {
             let mut rest = part;
@@ -177,6 +215,9 @@ impl Pager {
     /// Makes the pages of `run` zero where they are missing.
     pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
         self.zero_pages.fetch_add(run.pages, Ordering::Relaxed);
+        if self.granule != Granule::SMALL {
+            return self.fill(run, None);
+        }
         let lacking = self.wanted().lacking(run);
         for page in lacking.iter().flat_map(|part| part.first.0..part.first.0 + part.pages) {
             let first = PageIndex(page);
@@ -188,20 +229,25 @@ impl Pager {
 
     /// Notes pages that were placed, and ends the waits for them.
     fn arrived(&self, run: PageRun) {
-        let mut is_complete = false;
-        let mut wanted = self.wanted();
-        for page in run.first.0..run.first.0 + run.pages {
-            let arrival = wanted.arrived(page);
-            arrival.waited_since.into_iter().for_each(|since| self.latency.add(since.elapsed()));
-            is_complete |= arrival.is_last;
-        }
-        drop(wanted);
-        if is_complete {
+        if self.mark(run).is_last {
             self.tell_if_complete();
         }
     }
 
-    fn tell_if_complete(&self) {
+    /// Marks pages that were placed: of one huge page, or small ones.
+    pub(super) fn mark(&self, run: PageRun) -> Marked {
+        let mut marked = Marked::default();
+        let mut wanted = self.wanted();
+        for page in run.first.0..run.first.0 + run.pages {
+            let arrival = wanted.arrived(page);
+            arrival.waited_since.into_iter().for_each(|since| self.latency.add(since.elapsed()));
+            marked.is_whole |= arrival.is_whole;
+            marked.is_last |= arrival.is_last;
+        }
+        marked
+    }
+
+    pub(super) fn tell_if_complete(&self) {
         if self.missing_pages() == 0
             && let Some(complete) = self.complete.get()
         {
@@ -225,7 +271,7 @@ impl Pager {
                 if let Some(page) = self.page_at(address)
                     && self.is_wanted(page, address)?
                 {
-                    wanted.push(page);
+                    wanted.extend(self.lacking_around(page));
                 }
             }
             self.request(wanted);
@@ -236,12 +282,24 @@ impl Pager {
     /// Whether a fault needs a page from the source that was not asked for yet.
     fn is_wanted(&self, page: u64, address: u64) -> io::Result<bool> {
         let fault = self.wanted().fault(page, Instant::now());
+        if self.granule != Granule::SMALL {
+            if fault == Fault::Present {
+                self.show(PageIndex(page))?;
+            }
+            return Ok(fault == Fault::Ask);
+        }
         // A hole is made zero here; what has come this moment is there, and its waker may have been
         // before us.
         if fault == Fault::Present && self.faults.zero(address)? == Placed::Exists {
             self.faults.wake(address, PAGE_BYTES)?;
         }
         Ok(fault == Fault::Ask)
+    }
+
+    /// The pages that are missing of the granule of `page`.
+    fn lacking_around(&self, page: u64) -> Vec<u64> {
+        let lacking = self.wanted().lacking(self.granule.around(PageIndex(page)));
+        lacking.iter().flat_map(|run| run.first.0..run.first.0 + run.pages).collect()
     }
 
     /// Asks the source. Without a connection, or on one that fails, the next asks again.
@@ -256,7 +314,7 @@ impl Pager {
     }
 
     /// Where `vmrun` has a page, and how many pages follow in its region, itself included.
-    fn address(&self, page: PageIndex) -> io::Result<(u64, u64)> {
+    pub(super) fn address(&self, page: PageIndex) -> io::Result<(u64, u64)> {
         let found = self.map.locate(page).and_then(|(region, offset)| {
             let room = (self.map.regions()[region].bytes - offset) / PAGE_BYTES;
             self.addresses.get(region).map(|address| (address.0 + offset, room))
@@ -272,7 +330,7 @@ impl Pager {
         self.map.page_of(GuestPhysAddr(region.start.0 + (address - start.0))).map(|page| page.0)
     }
 
-    fn wanted(&self) -> MutexGuard<'_, Wanted<SharedBitmap, Instant>> {
+    pub(super) fn wanted(&self) -> MutexGuard<'_, Wanted<SharedBitmap, Instant>> {
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -280,7 +338,8 @@ impl Pager {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many pages somebody waits for now, and how long the first of them has been waited for.
+    /// How many pages (huge ones where the RAM is made of them) somebody waits for now, and how long the
+    /// first of them has been waited for.
     pub fn waits(&self) -> (u64, Duration) {
         let wanted = self.wanted();
         let longest = wanted.waits().map(|(_, since)| since.elapsed()).max();

@@ -262,6 +262,8 @@ impl Filter {
         match self {
             Self::Mover => {
                 ioctls.push(masked(1, IOCTL_LETTER, USERFAULTFD)?);
+                // To ask for the holes of huge pages. UFFD_USER_MODE_ONLY: it never holds up the kernel.
+                calls.insert(SYS_userfaultfd, vec![masked(0, 1, 1)?]);
                 // Netlink is how the C library asks which addresses there are when it resolves names.
                 let families = [AF_UNIX, AF_INET, AF_INET6, AF_NETLINK];
                 calls.insert(SYS_socket, either(0, &families.map(|f| f as u64))?);

@@ -5,7 +5,7 @@ use crate::memory::{RamMap, RamRegion};
 
 fn ram(mib: u64) -> GuestRam {
     let regions = vec![RamRegion { start: GuestPhysAddr(0), bytes: mib << 20 }];
-    GuestRam::new(RamMap::new(regions).unwrap(), "test").unwrap()
+    GuestRam::new(RamMap::new(regions).unwrap(), "test", Default::default()).unwrap()
 }
 
 /// An ELF64 with one segment of `memory_bytes` at 1 MiB that begins with `code`, and, if wanted,

@@ -74,7 +74,10 @@ impl Hosted {
         let ram = self.machine.ram();
         let fds = ram.memfds().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>();
         let fds = fds.map_err(|e| failed(format!("cannot duplicate a RAM memfd: {e}")))?;
-        Ok((RamLayout { map: ram.map().clone(), vmm_addresses: ram.addresses().to_vec() }, fds))
+        Ok((
+            RamLayout { map: ram.map().clone(), vmm_addresses: ram.addresses().to_vec(), pages: ram.pages() },
+            fds,
+        ))
     }
 
     /// Writes the pages that were dirtied into the shared bitmap; gives their number.

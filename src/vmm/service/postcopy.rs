@@ -11,10 +11,12 @@ use std::time::Instant;
 use super::hosted::{Activity, failed};
 use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode, Postcopy};
+use crate::memory::RamPages;
 use crate::switchover::{Attempt, Ownership};
 use crate::sys::bitmap::SharedBitmap;
 use crate::sys::memfd;
 use crate::sys::uffd::FaultFd;
+use crate::vmm::memory::GuestRam;
 
 /// Pages are missing, and somebody fetches them.
 pub(super) struct Fetching {
@@ -67,12 +69,7 @@ impl Service {
         let ram = hosted.machine.ram();
         let pages = ram.map().total_pages();
         let faults =
-            FaultFd::new().map_err(|e| made("make a userfaultfd (postcopy needs /dev/userfaultfd)", e))?;
-        for (region, address) in ram.map().regions().iter().zip(ram.addresses()) {
-            faults
-                .register(address.0, region.bytes)
-                .map_err(|e| made("register the RAM with userfaultfd", e))?;
-        }
+            watch(ram).map_err(|e| made("register the RAM with a userfaultfd (/dev/userfaultfd)", e))?;
         let memfd = memfd::create_sealed(c"vmferry-present", pages.div_ceil(64) * 8)
             .map_err(|e| made("make the set of present pages", e))?;
         let present =
@@ -149,4 +146,21 @@ impl Service {
         let (listen, ownership) = (fetching.listen.clone(), self.ownership.clone());
         Ok((Postcopy { ram, attempt, listen, ownership }, fds))
     }
+}
+
+/// Registers RAM in which pages are missing. Huge pages fill up in the file, where this process does not
+/// see them, and are shown one by one when they are whole.
+fn watch(ram: &GuestRam) -> std::io::Result<FaultFd> {
+    let huge = ram.pages() == RamPages::Huge;
+    let faults = if huge { FaultFd::for_huge_pages() } else { FaultFd::new() }?;
+    for (region, address) in ram.map().regions().iter().zip(ram.addresses()) {
+        match huge {
+            true => faults.register_hidden(address.0, region.bytes)?,
+            false => faults.register(address.0, region.bytes)?,
+        }
+    }
+    if huge {
+        ram.unmap()?;
+    }
+    Ok(faults)
 }

@@ -18,6 +18,7 @@ impl Service {
             uuid: description.map(|d| d.uuid.clone()),
             vcpus: description.map_or(0, |d| d.vcpus),
             memory_bytes: description.map_or(0, |d| d.ram.total_bytes()),
+            ram_pages: description.map(|d| d.ram_pages),
             dirty_log: self.hosted.as_ref().is_some_and(|h| h.dirty.is_some()),
             mover_attached: self.mover.is_some(),
             missing_pages: self.hosted.as_ref().and_then(|h| {

@@ -19,18 +19,21 @@ use crate::state::{self, SectionKind};
 pub enum Kind {
     /// A disk (virtio 1.2, section 5.2).
     Block,
+    /// A network card (virtio 1.2, section 5.1).
+    Net,
     /// A source of random numbers (virtio 1.2, section 5.4).
     Rng,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: &[Self] = &[Self::Block, Self::Rng];
+    pub const ALL: &[Self] = &[Self::Block, Self::Net, Self::Rng];
 
     /// The device id of virtio 1.2, section 5.
     pub fn number(self) -> u32 {
         match self {
             Self::Block => virtio_ids::VIRTIO_ID_BLOCK,
+            Self::Net => virtio_ids::VIRTIO_ID_NET,
             Self::Rng => virtio_ids::VIRTIO_ID_RNG,
         }
     }
@@ -39,6 +42,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Block => "virtio-block",
+            Self::Net => "virtio-net",
             Self::Rng => "virtio-rng",
         }
     }
@@ -52,6 +56,7 @@ impl Kind {
     pub fn section(self) -> SectionKind {
         match self {
             Self::Block => SectionKind::VirtioBlock,
+            Self::Net => SectionKind::VirtioNet,
             Self::Rng => SectionKind::VirtioRng,
         }
     }
@@ -60,6 +65,7 @@ impl Kind {
     pub fn version(self) -> u32 {
         match self {
             Self::Block => state::VIRTIO_BLOCK_VERSION,
+            Self::Net => state::VIRTIO_NET_VERSION,
             Self::Rng => state::VIRTIO_RNG_VERSION,
         }
     }

@@ -6,6 +6,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::block::{Block, ImageConfig};
+use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
 use super::rng::{self, Rng};
 use super::{Device, Kind};
 
@@ -14,6 +15,14 @@ use super::{Device, Kind};
 pub enum HostEnd {
     /// A disk's image.
     Image(ImageConfig),
+    /// A tap, for a network card.
+    Net {
+        /// The interface.
+        tap: TapSpec,
+        /// The card's address in a machine that boots, a random one by default; a card that comes in
+        /// keeps its own.
+        mac: Option<MacAddress>,
+    },
     /// The kernel's random numbers.
     Rng,
 }
@@ -45,6 +54,7 @@ impl HostEnd {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Image(_) => Kind::Block,
+            Self::Net { .. } => Kind::Net,
             Self::Rng => Kind::Rng,
         }
     }
@@ -52,7 +62,7 @@ impl HostEnd {
     /// Whether a machine that comes in may say itself what its device of that kind is connected to
     /// here. Not where that is a path: a guest could have itself connected to any file of this host.
     pub fn is_for_the_peer_to_say(kind: Kind) -> bool {
-        kind == Kind::Rng
+        kind != Kind::Block
     }
 
     /// Reads the text of a description or of `--remap`; [`HostEnd`]'s `Display` writes it.
@@ -60,6 +70,10 @@ impl HostEnd {
         let fail = |reason: &str| NoHostEnd { kind: kind.name(), text: text.into(), reason: reason.into() };
         match kind {
             Kind::Block => ImageConfig::parse(text).map(Self::Image).map_err(|e| fail(&e)),
+            Kind::Net => match text.parse() {
+                Ok(tap) => Ok(Self::Net { tap, mac: None }),
+                Err(e) => Err(fail(&e.to_string())),
+            },
             Kind::Rng if text == "kernel" => Ok(Self::Rng),
             Kind::Rng => Err(fail("there is only \"kernel\"")),
         }
@@ -77,6 +91,18 @@ impl HostEnd {
                 Ok(block) => Ok(Box::new(block)),
                 Err(e) => Err(OpenError { what: config.path.display().to_string(), reason: e.to_string() }),
             },
+            Self::Net { tap, mac } => {
+                let fail = |reason: String| OpenError { what: format!("tap {}", tap.name), reason };
+                let mac = match properties {
+                    None => mac.map_or_else(MacAddress::random, Ok).map_err(|e| fail(e.to_string()))?,
+                    Some(all) => {
+                        let text = all.get(MAC_PROPERTY).map_or("", |text| text);
+                        text.parse().map_err(|e| fail(format!("{e}")))?
+                    }
+                };
+                let tap = Tap::open(tap).map_err(|e| fail(e.reason().to_owned()))?;
+                Ok(Box::new(Net::new(tap, mac)))
+            }
             Self::Rng => match Rng::new() {
                 Ok(rng) => Ok(Box::new(rng)),
                 Err(e) => Err(OpenError { what: rng::SOURCE.into(), reason: e.to_string() }),
@@ -89,6 +115,7 @@ impl fmt::Display for HostEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Image(config) => config.fmt(f),
+            Self::Net { tap, .. } => tap.fmt(f),
             Self::Rng => f.write_str("kernel"),
         }
     }

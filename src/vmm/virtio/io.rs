@@ -72,6 +72,29 @@ impl Io {
         }
     }
 
+    /// Guest memory and a queue, for work that takes several requests at a time. `None` where the
+    /// driver has not set the queue up, and where an order for the device waits: then it is looked at
+    /// again after that. Interrupts are up to the caller ([`Io::signal`]).
+    pub fn lend(&mut self, queue: usize) -> Option<(&TrackedMemory, &mut Queue)> {
+        let q = self.queues.get_mut(queue)?.as_mut()?;
+        if self.attention.load(Ordering::SeqCst) {
+            self.again |= 1 << queue;
+            return None;
+        }
+        Some((&self.memory, q))
+    }
+
+    /// There may be more in a queue than was taken: it is looked at again after orders and others
+    /// had their turn.
+    pub fn look_again(&mut self, queue: usize) {
+        self.again |= 1u64.checked_shl(queue as u32).unwrap_or(0);
+    }
+
+    /// Interrupts the driver for buffers that were used in a lent queue.
+    pub fn signal(&self) {
+        self.interrupt.used();
+    }
+
     /// Gives back the request that was taken last: the next [`Io::pop`] has it again. The driver
     /// will not kick for it.
     pub fn put_back(&mut self, queue: usize) {

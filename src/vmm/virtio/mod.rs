@@ -17,10 +17,12 @@ mod host;
 mod interrupt;
 mod io;
 mod layout;
+pub mod net;
 mod registers;
 mod rng;
 mod slot;
 mod slots;
+pub mod vsock;
 mod worker;
 
 pub use block::ImageConfig;
@@ -32,6 +34,12 @@ pub use io::{Chain, Io};
 pub use layout::{MAX_DEVICES, SLOT_BYTES, slot_address, slot_interrupt};
 pub use slot::Slot;
 pub use slots::VirtioSlots;
+
+/// Whether `text` may be the id of a device.
+pub fn is_device_id(text: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    !text.is_empty() && text.len() <= 32 && text.chars().all(fits)
+}
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::rng::Rng;
 use super::{Device, Interrupt, Slot};
-use crate::memory::{GuestPhysAddr, RamMap, RamRegion};
+use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
 use crate::state::VirtioState;
 use crate::vmm::GuestRam;
 
@@ -30,7 +30,7 @@ impl Host {
 
     pub fn with(device: Box<dyn Device>) -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
-        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio").unwrap();
+        let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio", RamPages::Small).unwrap();
         let (sender, line) = mpsc::channel();
         let interrupt = Arc::new(Interrupt::with_line(move |up| {
             let _ = sender.send(up);

@@ -42,6 +42,7 @@ fn a_terminal_takes_input_and_gives_output() {
     let config = MachineConfig {
         name: "echo".into(),
         uuid: "0".into(),
+        ram_pages: Default::default(),
         memory_bytes: 16 << 20,
         vcpus: 1,
         kernel: KernelSource::File(kernel.path().into()),

@@ -68,6 +68,7 @@ impl Guest {
         let config = MachineConfig {
             name: "test".into(),
             uuid: "0".into(),
+            ram_pages: Default::default(),
             memory_bytes: mib << 20,
             vcpus,
             kernel,

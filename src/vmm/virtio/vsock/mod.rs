@@ -1,0 +1,12 @@
+//! Sockets between host and guest: virtio-vsock (virtio 1.2, 5.10) on Unix sockets.
+
+mod credit;
+mod muxer;
+mod packet;
+mod spec;
+mod stream;
+
+pub use muxer::{MAX_STREAMS, Muxer};
+pub use packet::{HEADER_BYTES, Header, Op, Ports};
+pub use spec::{NoVsockSpec, SocketPath, VsockSpec, guest_cid};
+pub use stream::Stream;
