@@ -18,7 +18,7 @@ use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, SavedVcpu, VcpuGroup};
-use super::virtio::{Device, HostEnd, Kind, VirtioSlots};
+use super::virtio::{Device, HostEnd, Kind, MAX_DEVICES, VirtioSlots};
 use super::x86::save::VcpuLayout;
 use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
@@ -96,6 +96,8 @@ impl Machine {
             kernel: &config.kernel,
             initrd: config.initrd.as_ref(),
             cmdline: cmdline.trim_start(),
+            vcpus: config.vcpus,
+            virtio: devices.len(),
         };
         let entry = boot::load(&ram, &kernel)?;
         let (vm, fds) = create(&kvm, &ram, config.vcpus)?;
@@ -422,6 +424,10 @@ fn describe(
 
 /// Opens what the devices of a machine to boot are connected to.
 fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
+    let count = config.devices.len();
+    if count > MAX_DEVICES {
+        return Err(VmmError::TooManyDevices { devices: count, max: MAX_DEVICES });
+    }
     let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
     let mut opened = Opened::new();
     for device in &config.devices {

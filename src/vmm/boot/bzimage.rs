@@ -25,6 +25,7 @@ const PREF_ADDRESS: usize = 0x258;
 const INIT_SIZE: usize = 0x260;
 const HEADER_END: usize = 0x268;
 // Only in the zero page.
+const ACPI_RSDP: usize = 0x070;
 const EXT_RAMDISK_IMAGE: usize = 0x0c0;
 const E820_ENTRIES: usize = 0x1e8;
 const E820_TABLE: usize = 0x2d0;
@@ -34,7 +35,6 @@ const KERNEL_64: u16 = 1;
 /// The first version with `xloadflags`, and so with the 64-bit entry.
 const MIN_VERSION: u16 = 0x20c;
 const LOADER_UNDEFINED: u8 = 0xff;
-const E820_RAM: u32 = 1;
 
 /// Where the protected-mode kernel goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,13 +103,15 @@ pub(super) fn write_zero_page(
     put(&mut page, RAMDISK_IMAGE, start as u32);
     put(&mut page, RAMDISK_SIZE, bytes as u32);
     put(&mut page, EXT_RAMDISK_IMAGE, (start >> 32) as u32);
-    let usable = layout::usable(ram.map());
-    page[E820_ENTRIES] = usable.len() as u8;
-    for (i, (start, bytes)) in usable.iter().enumerate() {
+    // Its upper half is zero.
+    put(&mut page, ACPI_RSDP, layout::ACPI.0 as u32);
+    let ranges = layout::memory_map(ram.map());
+    page[E820_ENTRIES] = ranges.len() as u8;
+    for (i, (start, bytes, kind)) in ranges.iter().enumerate() {
         let at = E820_TABLE + i * 20;
         page[at..at + 8].copy_from_slice(&start.to_le_bytes());
         page[at + 8..at + 16].copy_from_slice(&bytes.to_le_bytes());
-        put(&mut page, at + 16, E820_RAM);
+        put(&mut page, at + 16, *kind as u32);
     }
     ram.write(layout::ZERO_PAGE, &page)
 }

@@ -21,7 +21,6 @@ const MAX_NOTE_BYTES: u64 = 1 << 20;
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_BYTES: u64 = 56;
 const MODULE_BYTES: u64 = 32;
-const MEMORY_RAM: u32 = 1;
 
 /// A part of the file that goes into RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +172,7 @@ pub(super) fn write_start_info(
 ) -> Result<(), VmmError> {
     let modules = layout::START_INFO.0 + START_INFO_BYTES;
     let memory_map = modules + MODULE_BYTES;
-    let usable = layout::usable(ram.map());
+    let ranges = layout::memory_map(ram.map());
     let mut out = Vec::new();
     let u32s = |out: &mut Vec<u8>, values: &[u32]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
     let u64s = |out: &mut Vec<u8>, values: &[u64]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
@@ -181,14 +180,14 @@ pub(super) fn write_start_info(
     u32s(&mut out, &[START_INFO_MAGIC, 1, 0, u32::from(initrd.is_some())]);
     // module list, command line, RSDP, memory map
     let cmdline_at = if cmdline { layout::CMDLINE.0 } else { 0 };
-    u64s(&mut out, &[if initrd.is_some() { modules } else { 0 }, cmdline_at, 0, memory_map]);
-    u32s(&mut out, &[usable.len() as u32, 0]);
+    u64s(&mut out, &[if initrd.is_some() { modules } else { 0 }, cmdline_at, layout::ACPI.0, memory_map]);
+    u32s(&mut out, &[ranges.len() as u32, 0]);
     // the module: address, bytes, its command line, reserved
     let Loaded { start, bytes } = initrd.unwrap_or(Loaded { start: 0, bytes: 0 });
     u64s(&mut out, &[start, bytes, 0, 0]);
-    for (start, bytes) in usable {
+    for (start, bytes, kind) in ranges {
         u64s(&mut out, &[start, bytes]);
-        u32s(&mut out, &[MEMORY_RAM, 0]);
+        u32s(&mut out, &[kind as u32, 0]);
     }
     ram.write(GuestPhysAddr(layout::START_INFO.0), &out)
 }

@@ -7,6 +7,7 @@
 //! 0x0000_9000  page tables (bzImage), to 0xf000
 //! 0x0002_0000  command line, at most 64 KiB
 //! 0x0009_fc00  end of usable low memory; up to 1 MiB nothing is usable
+//! 0x000e_0000  ACPI tables, to 1 MiB
 //! 0x0010_0000  kernel
 //! top of RAM below 3 GiB: initrd, page-aligned
 //! ```
@@ -30,14 +31,30 @@ pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// Usable memory goes on here; kernels are at or above it.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
-/// Usable ranges as (start, bytes), ascending: all RAM but the hole below 1 MiB.
-pub fn usable(map: &RamMap) -> Vec<(u64, u64)> {
-    let mut out = vec![(0, LOW_MEMORY_END)];
+/// The ACPI tables, the RSDP first: where a BIOS would be, so that a guest that looks there finds it.
+pub const ACPI: GuestPhysAddr = GuestPhysAddr(0xe_0000);
+/// The room for the ACPI tables.
+pub const ACPI_BYTES: u64 = HIGH_MEMORY_START - ACPI.0;
+
+/// What a range of the memory map is; the numbers are those of both e820 and PVH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum MemoryKind {
+    /// Usable RAM.
+    Ram = 1,
+    /// ACPI tables.
+    AcpiTables = 3,
+}
+
+/// The memory map as (start, bytes, kind), ascending: all RAM but the hole below 1 MiB, and in the
+/// hole the ACPI tables.
+pub fn memory_map(map: &RamMap) -> Vec<(u64, u64, MemoryKind)> {
+    let mut out = vec![(0, LOW_MEMORY_END, MemoryKind::Ram), (ACPI.0, ACPI_BYTES, MemoryKind::AcpiTables)];
     for region in map.regions() {
         let start = region.start.0.max(HIGH_MEMORY_START);
         let end = region.start.0 + region.bytes;
         if end > start {
-            out.push((start, end - start));
+            out.push((start, end - start, MemoryKind::Ram));
         }
     }
     out

@@ -1,5 +1,6 @@
-//! Loading a kernel: PVH ELF or bzImage, from a file or built in, with initrd and command line.
+//! Loading a kernel: PVH ELF or bzImage, from a file or built in, with initrd, command line and ACPI tables.
 
+mod acpi;
 mod builtin;
 mod bzimage;
 mod elf;
@@ -25,6 +26,11 @@ pub struct BootConfig<'a> {
     pub initrd: Option<&'a PathBuf>,
     /// The command line.
     pub cmdline: &'a str,
+    /// How many vCPUs the ACPI tables list.
+    pub vcpus: u32,
+    /// How many virtio devices they list: those in the first slots, at most
+    /// [`crate::vmm::virtio::MAX_DEVICES`].
+    pub virtio: usize,
 }
 
 /// How the first vCPU enters the kernel.
@@ -68,6 +74,8 @@ pub enum BootError {
     CmdlineTooLong { bytes: usize, max: usize },
     #[error("the command line holds a NUL byte")]
     CmdlineNul,
+    #[error("the ACPI tables of {vcpus} vCPUs have {bytes} bytes, at most {max} are possible")]
+    AcpiTooLarge { vcpus: u32, bytes: usize, max: u64 },
     #[error("there is no built-in kernel {name:?}; there are: {known}")]
     UnknownBuiltin { name: String, known: String },
 }
@@ -79,11 +87,12 @@ struct Loaded {
     bytes: u64,
 }
 
-/// Loads kernel, initrd and command line into fresh RAM, and says how to enter. Nothing larger than
+/// Loads kernel, initrd, command line and ACPI tables into fresh RAM, and says how to enter. Nothing larger than
 /// the guest's RAM is read, whatever the files say about themselves.
 pub fn load(ram: &GuestRam, config: &BootConfig<'_>) -> Result<BootEntry, VmmError> {
     let kernel = Image::of_kernel(config.kernel)?;
     check_cmdline(config.cmdline, layout::CMDLINE_MAX)?;
+    acpi::write_tables(ram, config.vcpus, config.virtio)?;
     let mut head = [0u8; 0x300];
     let got = kernel.read_up_to(0, &mut head)?;
     let head = &head[..got];

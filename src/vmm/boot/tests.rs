@@ -63,7 +63,8 @@ fn boot(ram: &GuestRam, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> 
     let (kernel, initrd) = (write(kernel), initrd.map(write));
     let source = KernelSource::File(kernel.path().into());
     let path = initrd.as_ref().map(|f| f.path().to_path_buf());
-    load(ram, &BootConfig { kernel: &source, initrd: path.as_ref(), cmdline }).map_err(|e| e.to_string())
+    load(ram, &BootConfig { kernel: &source, initrd: path.as_ref(), cmdline, vcpus: 1, virtio: 2 })
+        .map_err(|e| e.to_string())
 }
 
 fn u64_in(ram: &GuestRam, at: u64) -> u64 {
@@ -85,10 +86,17 @@ fn a_pvh_elf_is_loaded_with_its_start_info() {
     assert_eq!(u64_in(&ram, module + 8), 4);
     assert_eq!(u64_in(&ram, u64_in(&ram, info + 24)) as u32, u32::from_le_bytes(*b"a=1\0"));
     let memory_map = u64_in(&ram, info + 40);
-    assert_eq!(u64_in(&ram, info + 48), 2);
+    assert_eq!(u64_in(&ram, info + 48), 3);
     assert_eq!((u64_in(&ram, memory_map), u64_in(&ram, memory_map + 8)), (0, layout::LOW_MEMORY_END));
-    assert_eq!(u64_in(&ram, memory_map + 24), 1 << 20);
-    assert_eq!(u64_in(&ram, memory_map + 32), 7 << 20);
+    assert_eq!(u64_in(&ram, memory_map + 16), 1);
+    let tables = memory_map + 24;
+    assert_eq!(
+        (u64_in(&ram, tables), u64_in(&ram, tables + 8), u64_in(&ram, tables + 16)),
+        (0xe_0000, 0x2_0000, 3)
+    );
+    assert_eq!(u64_in(&ram, memory_map + 48), 1 << 20);
+    assert_eq!(u64_in(&ram, memory_map + 56), 7 << 20);
+    assert_eq!(u64_in(&ram, u64_in(&ram, info + 32)), u64::from_le_bytes(*b"RSD PTR "));
 }
 
 #[test]
@@ -97,7 +105,12 @@ fn a_bzimage_is_loaded_with_its_zero_page() {
     let entry = boot(&ram, &bzimage(&[0xf4]), None, "quiet").unwrap();
     assert_eq!(entry, BootEntry::Linux64 { entry: 0x100_0200, zero_page: layout::ZERO_PAGE });
     assert_eq!(u64_in(&ram, 0x100_0200) as u8, 0xf4);
-    assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x1e8) as u8, 2);
+    assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x1e8) as u8, 3);
+    let second = layout::ZERO_PAGE.0 + 0x2d0 + 20;
+    assert_eq!((u64_in(&ram, second), u64_in(&ram, second + 8)), (0xe_0000, 0x2_0000));
+    assert_eq!(u64_in(&ram, second + 16) as u32, 3);
+    let rsdp = u64_in(&ram, layout::ZERO_PAGE.0 + 0x70);
+    assert_eq!(u64_in(&ram, rsdp), u64::from_le_bytes(*b"RSD PTR "));
     assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x228) as u32, 0x2_0000);
     assert_eq!(u64_in(&ram, layout::ZERO_PAGE.0 + 0x202) as u32, u32::from_le_bytes(*b"HdrS"));
 }
@@ -129,6 +142,7 @@ fn what_cannot_be_booted_is_named() {
     let long = "x".repeat(layout::CMDLINE_MAX);
     assert!(boot(&ram, &good, None, &long).unwrap_err().contains("at most"));
     let nowhere = KernelSource::File("/nonexistent/kernel".into());
-    let error = load(&ram, &BootConfig { kernel: &nowhere, initrd: None, cmdline: "" }).unwrap_err();
+    let config = BootConfig { kernel: &nowhere, initrd: None, cmdline: "", vcpus: 1, virtio: 0 };
+    let error = load(&ram, &config).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/kernel"), "{error}");
 }

@@ -7,6 +7,8 @@
 //! | 0x71 | CMOS: reads as zero, so that nobody waits for its update to end |
 //! | 0xcf9 | reset control: bits 1 and 2 set (0x06, 0x0e) is a reset |
 //! | 0x604 | ACPI PM1a control, as QEMU has it: SLP_EN (bit 13) is a power-off |
+//! | 0x605 | its upper half, ACPI's sleep control register: SLP_EN (bit 5) is a power-off |
+//! | 0x606 | ACPI's sleep status register: reads as zero |
 //!
 //! Every other port, and every address that is neither RAM nor an in-kernel device, reads as all
 //! ones and ignores writes.
@@ -19,10 +21,17 @@ const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 const CMOS_DATA: u16 = 0x71;
-const RESET_CONTROL: u16 = 0xcf9;
-const RESET_CONTROL_CPU: u8 = 0x06;
+/// The reset register.
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// What resets the machine when it is written there.
+pub const RESET_CONTROL_CPU: u8 = 0x06;
 const PM1A_CONTROL: u16 = 0x604;
 const PM1A_SLEEP_ENABLE: u16 = 1 << 13;
+/// The sleep control register of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7).
+pub const SLEEP_CONTROL: u16 = PM1A_CONTROL + 1;
+const SLEEP_ENABLE: u8 = 1 << 5;
+/// The sleep status register; nothing is ever woken.
+pub const SLEEP_STATUS: u16 = 0x606;
 
 /// The devices of a machine, by port.
 pub struct Bus {
@@ -39,7 +48,7 @@ impl Bus {
             p if COM1_PORTS.contains(&p) => {
                 into.fill_with(|| self.serial.read((p - COM1_PORTS.start()) as u8));
             }
-            I8042_DATA | I8042_COMMAND | CMOS_DATA => into.fill(0),
+            I8042_DATA | I8042_COMMAND | CMOS_DATA | SLEEP_CONTROL | SLEEP_STATUS => into.fill(0),
             _ => into.fill(0xff),
         }
     }
@@ -64,6 +73,7 @@ fn power_write(port: u16, bytes: &[u8]) -> Option<GuestExit> {
         (PM1A_CONTROL, [low, high, ..]) if u16::from_le_bytes([*low, *high]) & PM1A_SLEEP_ENABLE != 0 => {
             Some(GuestExit::Shutdown)
         }
+        (SLEEP_CONTROL, [value, ..]) if value & SLEEP_ENABLE != 0 => Some(GuestExit::Shutdown),
         _ => None,
     }
 }
@@ -80,6 +90,10 @@ mod tests {
         assert_eq!(power_write(0xcf9, &[0x06]), Some(GuestExit::Reset));
         assert_eq!(power_write(0x604, &[0x00, 0x20]), Some(GuestExit::Shutdown));
         assert_eq!(power_write(0x604, &[0x00, 0x00]), None);
+        assert_eq!(power_write(0x604, &[0x20]), None, "the lower half");
+        assert_eq!(power_write(0x605, &[0x34]), Some(GuestExit::Shutdown));
+        assert_eq!(power_write(0x605, &[0x14]), None, "a sleep type alone");
+        assert_eq!(power_write(0x606, &[0x80]), None);
         assert_eq!(power_write(0x80, &[0xfe]), None);
     }
 }

@@ -7,5 +7,5 @@ mod output;
 mod serial;
 
 pub use backend::SerialBackend;
-pub use bus::Bus;
+pub use bus::{Bus, RESET_CONTROL, RESET_CONTROL_CPU, SLEEP_CONTROL, SLEEP_STATUS};
 pub use serial::{COM1_IRQ, COM1_PORTS, SerialPort};

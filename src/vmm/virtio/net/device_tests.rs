@@ -52,7 +52,7 @@ impl Machine {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: RAM_BYTES };
         let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", RamPages::Small).unwrap();
         let interrupt = Arc::new(Interrupt::with_line(|_| ()));
-        let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open(None).unwrap();
+        let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open("net0", None).unwrap();
         let slot = Slot::new("net0", card, Arc::new(ram.memory().clone()), interrupt).unwrap();
         Self { ram, slot }
     }
