@@ -23,7 +23,7 @@ _vmrun() {
 
     case "${cmd}" in
         vmrun)
-            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --hugepages --name --rng --net --paused --incoming --control --serial --no-sandbox --log --help --version"
+            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --hugepages --name --disk --rng --net --paused --incoming --control --serial --no-sandbox --log --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -85,6 +85,21 @@ _vmrun() {
                     ;;
                 --name)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --disk)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
                     return 0
                     ;;
                 --net)

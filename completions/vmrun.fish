@@ -5,6 +5,7 @@ complete -c vmrun -s m -l memory -d 'Size of the guest\'s memory, a multiple of 
 complete -c vmrun -s c -l cpus -d 'Number of vCPUs, from 1 to what KVM allows' -r
 complete -c vmrun -l hugepages -d 'Make the guest\'s memory of pages of this size: 4K, 2M or thp' -r
 complete -c vmrun -l name -d 'The guest\'s name, in status and messages' -r
+complete -c vmrun -l disk -d 'Give the guest a disk (virtio-block): a raw image, or a block device' -r -F
 complete -c vmrun -l net -d 'Give the guest a network card (virtio-net) on a tap' -r
 complete -c vmrun -l control -d 'Make a control socket for vmctl, vmsend and vmrecv; none by default' -r -F
 complete -c vmrun -l serial -d 'What the guest\'s serial port is connected to: stdio, file:PATH, pty or none' -r

@@ -14,8 +14,8 @@ use super::output::{chain, complain};
 use super::units::Size;
 use crate::memory::RamPages;
 use crate::vmm::service::{Ending, Service, ServiceError};
-use crate::vmm::virtio::HostEnd;
 use crate::vmm::virtio::net::NetSpec;
+use crate::vmm::virtio::{HostEnd, ImageConfig};
 use crate::vmm::{
     DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
 };
@@ -94,6 +94,22 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "guest", help_heading = GUEST)]
     pub name: String,
 
+    /// Give the guest a disk (virtio-block): a raw image, or a block device
+    ///
+    /// May be given more than once. The guest cannot write it with readonly; direct goes past the
+    /// host's page cache (O_DIRECT). Their ids are disk0, disk1 and so on, by their order, unless id=
+    /// names one. The image is locked while a guest has it; when it moves, vmrecv needs
+    /// --remap ID=PATH for each disk, with the same data on shared storage.
+    #[arg(
+        long,
+        value_name = "PATH[,readonly][,direct][,id=ID]",
+        requires = "kernel",
+        value_parser = disk,
+        value_hint = ValueHint::FilePath,
+        help_heading = GUEST
+    )]
+    pub disk: Vec<Disk>,
+
     /// Give the guest a source of random numbers (virtio-rng), with the id rng0
     #[arg(long, requires = "kernel", help_heading = GUEST)]
     pub rng: bool,
@@ -112,7 +128,7 @@ pub struct Args {
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "rng", "net", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "net", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -144,6 +160,22 @@ pub struct Args {
 }
 
 const GUEST: &str = "Guest";
+/// `--disk`: an image and, if it is given, the disk's id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub image: ImageConfig,
+    /// `id=ID`.
+    pub id: Option<String>,
+}
+
+fn disk(text: &str) -> Result<Disk, String> {
+    let (image, id) = ImageConfig::parse_with_id(text)?;
+    // Other hosts are told it, who have other working directories.
+    let path = std::path::absolute(&image.path).map_err(|e| e.to_string())?;
+    Ok(Disk { image: ImageConfig { path, ..image }, id })
+}
+
 /// The id of the source of random numbers.
 const RNG_ID: &str = "rng0";
 
@@ -162,6 +194,7 @@ pub const MANUAL: Manual = Manual {
             "the trial guest, ready to be moved",
             "vmrun --kernel builtin:heartbeat --memory 512M --control /run/a.sock",
         ),
+        ("a disk that is only read", "vmrun --kernel vmlinux --disk root.img,readonly,id=root"),
         ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
         ("with a network card", "vmrun --kernel vmlinux --net tap=tap0 --control /run/a.sock"),
         ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
@@ -215,7 +248,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
     }
     let mut service = Service::open(args.control.as_deref(), local)?;
     if let Some(kernel) = args.kernel {
-        let devices = devices(args.rng, args.net);
+        let devices = devices(args.disk, args.rng, args.net);
         let config = MachineConfig {
             name: args.name,
             uuid: uuid()?,
@@ -233,14 +266,25 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
     service.run()
 }
 
-/// The virtio devices, in the order of their slots.
-fn devices(rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig> {
+/// The virtio devices, in the order of their slots. Disks first: a guest finds its root disk at the same
+/// place with and without the rest.
+fn devices(disks: Vec<Disk>, rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig> {
     let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
     let card = |(number, card): (usize, NetSpec)| DeviceConfig {
         id: card.id.unwrap_or_else(|| format!("net{number}")),
         host: HostEnd::Net { tap: card.tap, mac: card.mac },
     };
-    rng.into_iter().chain(cards.into_iter().enumerate().map(card)).collect()
+    let disk = |(number, Disk { image, id }): (usize, Disk)| DeviceConfig {
+        id: id.unwrap_or_else(|| format!("disk{number}")),
+        host: HostEnd::Image(image),
+    };
+    disks
+        .into_iter()
+        .enumerate()
+        .map(disk)
+        .chain(rng)
+        .chain(cards.into_iter().enumerate().map(card))
+        .collect()
 }
 
 /// A random uuid, from the kernel.
@@ -284,10 +328,15 @@ mod tests {
         assert!(parse("vmrun --incoming --control s --serial none").is_ok());
         assert!(parse("vmrun --kernel k --cpus 0").is_err());
         assert!(parse("vmrun --kernel k --paused").is_err());
+        assert!(parse("vmrun --incoming --control s --disk d").is_err());
+        let args = parse("vmrun --kernel k --disk /d,readonly --disk /e,id=data --rng").unwrap();
+        let made = devices(args.disk, args.rng, args.net);
+        let shown: Vec<_> = made.iter().map(|d| format!("{}={}", d.id, d.host)).collect();
+        assert_eq!(shown, ["disk0=/d,readonly", "data=/e", "rng0=kernel"]);
         assert!(parse("vmrun --kernel k --net tap0").is_err());
         assert!(parse("vmrun --incoming --control s --net tap=a").is_err());
         let args = parse("vmrun --kernel k --rng --net tap=a --net tap=b,id=lan --net tap=c").unwrap();
-        let ids: Vec<_> = devices(args.rng, args.net).into_iter().map(|d| d.id).collect();
+        let ids: Vec<_> = devices(args.disk, args.rng, args.net).into_iter().map(|d| d.id).collect();
         assert_eq!(ids, ["rng0", "net0", "lan", "net2"]);
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(

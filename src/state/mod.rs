@@ -20,6 +20,6 @@ pub use machine::{CpuidEntry, DeviceDescription, MachineDescription, Problem, Ts
 pub use section::{MAX_STATE_BYTES, Section, SectionError, SectionKind, read_sections, write_sections};
 pub use vcpu::{MsrValue, SpecialRegisters, VCPU_VERSION, VcpuState};
 pub use virtio::{
-    VIRTIO_NET_VERSION, VIRTIO_RNG_VERSION, VirtioNetState, VirtioQueueState, VirtioRngState, VirtioState,
-    VirtioTransportState,
+    VIRTIO_BLOCK_VERSION, VIRTIO_NET_VERSION, VIRTIO_RNG_VERSION, VirtioBlockState, VirtioNetState,
+    VirtioQueueState, VirtioRngState, VirtioState, VirtioTransportState,
 };

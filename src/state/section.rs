@@ -36,6 +36,8 @@ pub enum SectionKind {
     Clock = 4,
     /// A 16550 serial port.
     Serial = 16,
+    /// A virtio disk; `instance` is its slot, as for all virtio devices.
+    VirtioBlock = 34,
     /// A virtio network card; `instance` is its slot, as for all virtio devices.
     VirtioNet = 33,
     /// A virtio source of random numbers.
@@ -50,6 +52,7 @@ impl SectionKind {
             3 => Self::Pit,
             4 => Self::Clock,
             16 => Self::Serial,
+            34 => Self::VirtioBlock,
             33 => Self::VirtioNet,
             36 => Self::VirtioRng,
             _ => return None,
@@ -65,6 +68,7 @@ impl fmt::Display for SectionKind {
             Self::Pit => "pit",
             Self::Clock => "clock",
             Self::Serial => "serial",
+            Self::VirtioBlock => "virtio-block",
             Self::VirtioNet => "virtio-net",
             Self::VirtioRng => "virtio-rng",
         })

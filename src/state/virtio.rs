@@ -5,6 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The version of [`VirtioState`] with [`VirtioBlockState`] that is written.
+pub const VIRTIO_BLOCK_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioNetState`] that is written.
 pub const VIRTIO_NET_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioRngState`] that is written.
@@ -62,6 +64,10 @@ pub struct VirtioQueueState {
     pub next_used: u16,
 }
 
+/// A disk has no state but its image, which is flushed before: no request is in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioBlockState {}
 /// A network card. Its Ethernet address is in the machine's description.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -434,7 +434,8 @@ fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
         if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
             return Err(fail("another device has that id".into()));
         }
-        opened.push((device.id.clone(), device.host.open(None).map_err(|e| fail(e.to_string()))?));
+        opened
+            .push((device.id.clone(), device.host.open(&device.id, None).map_err(|e| fail(e.to_string()))?));
     }
     Ok(opened)
 }
@@ -452,10 +453,20 @@ fn arriving_devices(
         let mut say = |text: String| {
             problems.push(Problem { topic: "device".into(), text: format!("device {}: {text}", device.id) });
         };
-        let text = local.remaps.get(&device.id).or(device.host.as_ref()).cloned().unwrap_or_default();
-        let found = HostEnd::parse(kind, &text).map_err(|e| e.to_string());
-        match found.and_then(|end| Ok((end.open(Some(&device.properties)).map_err(|e| e.to_string())?, end)))
-        {
+        let theirs = device.host.as_ref();
+        let ours = local.remaps.get(&device.id);
+        let Some(text) = ours.or(theirs.filter(|_| HostEnd::is_for_the_peer_to_say(kind))) else {
+            let theirs = theirs.map_or("something", |text| text);
+            say(format!(
+                "it is connected to {theirs} at the source: --remap {}=VALUE says to what here",
+                device.id
+            ));
+            continue;
+        };
+        let found = HostEnd::parse(kind, text).map_err(|e| e.to_string());
+        match found.and_then(|end| {
+            Ok((end.open(&device.id, Some(&device.properties)).map_err(|e| e.to_string())?, end))
+        }) {
             Err(reason) => say(reason),
             Ok((ours, end)) => {
                 let here = ours.properties();

@@ -104,6 +104,7 @@ const DESCRIPTORS: &[c_long] = &[
     SYS_fallocate,
     SYS_fsync,
     SYS_fdatasync,
+    SYS_fadvise64,
 ];
 /// Files by their names. Which ones is for landlock to say.
 const FILES: &[c_long] = &[

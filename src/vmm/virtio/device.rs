@@ -17,6 +17,8 @@ use crate::state::{self, SectionKind};
 /// The kinds of devices that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A disk (virtio 1.2, section 5.2).
+    Block,
     /// A network card (virtio 1.2, section 5.1).
     Net,
     /// A source of random numbers (virtio 1.2, section 5.4).
@@ -25,11 +27,12 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: &[Self] = &[Self::Net, Self::Rng];
+    pub const ALL: &[Self] = &[Self::Block, Self::Net, Self::Rng];
 
     /// The device id of virtio 1.2, section 5.
     pub fn number(self) -> u32 {
         match self {
+            Self::Block => virtio_ids::VIRTIO_ID_BLOCK,
             Self::Net => virtio_ids::VIRTIO_ID_NET,
             Self::Rng => virtio_ids::VIRTIO_ID_RNG,
         }
@@ -38,6 +41,7 @@ impl Kind {
     /// Its name in machine descriptions.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Block => "virtio-block",
             Self::Net => "virtio-net",
             Self::Rng => "virtio-rng",
         }
@@ -51,6 +55,7 @@ impl Kind {
     /// The kind of section that its state is saved in.
     pub fn section(self) -> SectionKind {
         match self {
+            Self::Block => SectionKind::VirtioBlock,
             Self::Net => SectionKind::VirtioNet,
             Self::Rng => SectionKind::VirtioRng,
         }
@@ -59,6 +64,7 @@ impl Kind {
     /// The version of its saved state that is written, and the newest that is read.
     pub fn version(self) -> u32 {
         match self {
+            Self::Block => state::VIRTIO_BLOCK_VERSION,
             Self::Net => state::VIRTIO_NET_VERSION,
             Self::Rng => state::VIRTIO_RNG_VERSION,
         }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use thiserror::Error;
 
+use super::block::{Block, ImageConfig};
 use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
 use super::rng::{self, Rng};
 use super::{Device, Kind};
@@ -12,6 +13,8 @@ use super::{Device, Kind};
 /// The host's end of a device, as flags, `--remap` and machine descriptions name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEnd {
+    /// A disk's image.
+    Image(ImageConfig),
     /// A tap, for a network card.
     Net {
         /// The interface.
@@ -50,15 +53,23 @@ impl HostEnd {
     /// The kind of device that it is for.
     pub fn kind(&self) -> Kind {
         match self {
+            Self::Image(_) => Kind::Block,
             Self::Net { .. } => Kind::Net,
             Self::Rng => Kind::Rng,
         }
+    }
+
+    /// Whether a machine that comes in may say itself what its device of that kind is connected to
+    /// here. Not where that is a path: a guest could have itself connected to any file of this host.
+    pub fn is_for_the_peer_to_say(kind: Kind) -> bool {
+        kind != Kind::Block
     }
 
     /// Reads the text of a description or of `--remap`; [`HostEnd`]'s `Display` writes it.
     pub fn parse(kind: Kind, text: &str) -> Result<Self, NoHostEnd> {
         let fail = |reason: &str| NoHostEnd { kind: kind.name(), text: text.into(), reason: reason.into() };
         match kind {
+            Kind::Block => ImageConfig::parse(text).map(Self::Image).map_err(|e| fail(&e)),
             Kind::Net => match text.parse() {
                 Ok(tap) => Ok(Self::Net { tap, mac: None }),
                 Err(e) => Err(fail(&e.to_string())),
@@ -68,10 +79,18 @@ impl HostEnd {
         }
     }
 
-    /// Opens it and makes the device, with nothing done yet. `properties` are those of the device
+    /// Opens it and makes the device named `id`, with nothing done yet. `properties` are those of the device
     /// that comes in, which it has to be like; `None` for a machine that boots.
-    pub fn open(&self, properties: Option<&BTreeMap<String, String>>) -> Result<Box<dyn Device>, OpenError> {
+    pub fn open(
+        &self,
+        id: &str,
+        properties: Option<&BTreeMap<String, String>>,
+    ) -> Result<Box<dyn Device>, OpenError> {
         match self {
+            Self::Image(config) => match Block::open(id, config, properties) {
+                Ok(block) => Ok(Box::new(block)),
+                Err(e) => Err(OpenError { what: config.path.display().to_string(), reason: e.to_string() }),
+            },
             Self::Net { tap, mac } => {
                 let fail = |reason: String| OpenError { what: format!("tap {}", tap.name), reason };
                 let mac = match properties {
@@ -95,6 +114,7 @@ impl HostEnd {
 impl fmt::Display for HostEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Image(config) => config.fmt(f),
             Self::Net { tap, .. } => tap.fmt(f),
             Self::Rng => f.write_str("kernel"),
         }

@@ -10,6 +10,7 @@
 //! levels, set by KVM_IRQ_LINE: it is synchronous, so that nothing is on its way when the interrupt
 //! controllers are saved.
 
+mod block;
 mod config;
 mod device;
 mod host;
@@ -24,6 +25,7 @@ mod slots;
 pub mod vsock;
 mod worker;
 
+pub use block::ImageConfig;
 pub use config::ConfigSpace;
 pub use device::{Device, DeviceError, Kind, Watch};
 pub use host::{HostEnd, NoHostEnd, OpenError};

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::rng::Rng;
-use super::{Interrupt, Slot};
+use super::{Device, Interrupt, Slot};
 use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
 use crate::state::VirtioState;
 use crate::vmm::GuestRam;
@@ -17,37 +17,40 @@ const USED: u64 = 0x3000;
 const BUFFER: u64 = 0x4000;
 
 /// One machine's end: RAM, the device, its interrupt line.
-struct Host {
-    ram: GuestRam,
-    slot: Slot,
+pub(super) struct Host {
+    pub ram: GuestRam,
+    pub slot: Slot,
     line: Receiver<bool>,
 }
 
 impl Host {
     fn new() -> Self {
+        Self::with(Box::new(Rng::new().unwrap()))
+    }
+
+    pub fn with(device: Box<dyn Device>) -> Self {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: 2 << 20 };
         let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "virtio", RamPages::Small).unwrap();
         let (sender, line) = mpsc::channel();
         let interrupt = Arc::new(Interrupt::with_line(move |up| {
             let _ = sender.send(up);
         }));
-        let slot =
-            Slot::new("d", Box::new(Rng::new().unwrap()), Arc::new(ram.memory().clone()), interrupt).unwrap();
+        let slot = Slot::new("d", device, Arc::new(ram.memory().clone()), interrupt).unwrap();
         Self { ram, slot, line }
     }
 
-    fn get(&self, register: u64) -> u32 {
+    pub fn get(&self, register: u64) -> u32 {
         let mut bytes = [0; 4];
         self.slot.read(register, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
-    fn set(&self, register: u64, value: u32) {
+    pub fn set(&self, register: u64, value: u32) {
         self.slot.write(register, &value.to_le_bytes());
     }
 
     /// Status up to FEATURES_OK with the high features given, and queue 0.
-    fn negotiate(&self, low: u32, high: u32) {
+    pub fn negotiate(&self, low: u32, high: u32) {
         self.set(0x70, 1);
         self.set(0x70, 3);
         for (select, features) in [(0, low), (1, high)] {
@@ -77,17 +80,61 @@ impl Host {
         self.ram.write(GuestPhysAddr(AVAILABLE + 2), &(n + 1).to_le_bytes()).unwrap();
     }
 
-    fn used(&self) -> u16 {
-        let mut bytes = [0; 2];
-        self.ram.read(GuestPhysAddr(USED + 2), &mut bytes).unwrap();
-        u16::from_le_bytes(bytes)
+    /// Adds a chain of buffers (address, bytes, writable) as the `n`th request.
+    pub fn add_chain(&self, n: u16, chain: &[(u64, u32, bool)]) {
+        let mut table = Vec::new();
+        for (next, (address, bytes, writable)) in (1u16..).zip(chain) {
+            let more = u16::from(usize::from(next) < chain.len());
+            table.extend(address.to_le_bytes());
+            table.extend(bytes.to_le_bytes());
+            table.extend((more | u16::from(*writable) << 1).to_le_bytes());
+            table.extend(next.to_le_bytes());
+        }
+        self.ram.write(GuestPhysAddr(DESCRIPTORS), &table).unwrap();
+        self.ram.write(GuestPhysAddr(AVAILABLE + 4 + u64::from(n % 8) * 2), &[0; 2]).unwrap();
+        self.ram.write(GuestPhysAddr(AVAILABLE + 2), &(n + 1).to_le_bytes()).unwrap();
     }
 
-    fn line_goes(&self, up: bool) {
+    pub fn peek(&self, at: u64, bytes: usize) -> Vec<u8> {
+        let mut found = vec![0; bytes];
+        self.ram.read(GuestPhysAddr(at), &mut found).unwrap();
+        found
+    }
+
+    pub fn used(&self) -> u16 {
+        u16::from_le_bytes(self.peek(USED + 2, 2).try_into().unwrap())
+    }
+
+    /// How many bytes the device says that it has written for its `n`th request.
+    pub fn used_bytes(&self, n: u16) -> u32 {
+        let at = USED + 4 + u64::from(n % 8) * 8 + 4;
+        u32::from_le_bytes(self.peek(at, 4).try_into().unwrap())
+    }
+
+    pub fn await_used(&self, requests: u16) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.used() != requests {
+            assert!(Instant::now() < deadline, "{} of {requests}", self.used());
+            std::thread::yield_now();
+        }
+    }
+
+    pub fn set_up_usual(&self) {
+        self.set_up(USED);
+    }
+
+    /// As a driver that begins anew.
+    pub fn clear_rings(&self) {
+        for ring in [AVAILABLE, USED] {
+            self.ram.write(GuestPhysAddr(ring), &[0; 128]).unwrap();
+        }
+    }
+
+    pub fn line_goes(&self, up: bool) {
         assert_eq!(self.line.recv_timeout(PATIENCE), Ok(up));
     }
 
-    fn pause(&self) {
+    pub fn pause(&self) {
         let (sender, paused) = mpsc::channel();
         self.slot.pause(move || {
             let _ = sender.send(());
@@ -184,11 +231,7 @@ fn what_waits_at_a_pause_is_done_at_the_destination_and_only_when_it_runs() {
     dest.line_goes(false); // as the saved status says
     dest.line_goes(true);
     // The interrupt may be the one that every restored device gives; the request follows.
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while dest.used() != 1 {
-        assert!(std::time::Instant::now() < deadline);
-        std::thread::yield_now();
-    }
+    dest.await_used(1);
 }
 
 /// A state, and what is said of it.

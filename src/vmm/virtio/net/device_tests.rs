@@ -52,7 +52,7 @@ impl Machine {
         let region = RamRegion { start: GuestPhysAddr(0), bytes: RAM_BYTES };
         let ram = GuestRam::new(RamMap::new(vec![region]).unwrap(), "a test", RamPages::Small).unwrap();
         let interrupt = Arc::new(Interrupt::with_line(|_| ()));
-        let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open(None).unwrap();
+        let card = HostEnd::Net { tap: tap.parse().unwrap(), mac: Some(MAC) }.open("net0", None).unwrap();
         let slot = Slot::new("net0", card, Arc::new(ram.memory().clone()), interrupt).unwrap();
         Self { ram, slot }
     }
@@ -300,13 +300,13 @@ fn a_card_that_comes_in_keeps_its_address_and_needs_a_tap() {
     assert!(HostEnd::parse(Kind::Net, "no/tap").is_err());
     let open = |mac: &str| {
         let properties = BTreeMap::from([(MAC_PROPERTY.to_owned(), mac.to_owned())]);
-        end.open(Some(&properties)).err().unwrap().to_string()
+        end.open("net0", Some(&properties)).err().unwrap().to_string()
     };
     assert_eq!(open(&MAC.to_string()), "tap no-such-tap: there is no interface of that name");
     assert!(open("none").contains("Ethernet address"));
     in_a_namespace(|| {
         let properties = BTreeMap::from([(MAC_PROPERTY.to_owned(), MAC.to_string())]);
         let end = HostEnd::parse(Kind::Net, "new:vmmac0").unwrap();
-        assert_eq!(end.open(Some(&properties)).unwrap().properties(), properties);
+        assert_eq!(end.open("net0", Some(&properties)).unwrap().properties(), properties);
     });
 }
