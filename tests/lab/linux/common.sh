@@ -3,10 +3,12 @@
 : "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=0}" "${LEG_BEATS:=40}"
 guest_ip=10.77.0.9
 words="$append guest.sum=16"
-devices=()
+devices=() remaps=()
 if [ "$DEVICES" = 1 ]; then
   # The data disk is the same on both hosts, so that neither may keep any of it in its page cache.
   devices=(--disk "/lab/guest/root.ext4,readonly,id=root" --disk "$LAB_SHARED,direct,id=data" --net "tap=tap0,mac=52:54:00:77:01:09,id=net")
+  # A disk's image at the destination is for the receiver to name.
+  remaps=(--remap root=/lab/guest/root.ext4,readonly --remap "data=$LAB_SHARED,direct")
   words="$words root=/dev/vda guest.ip=$guest_ip/24 guest.data=/dev/vdb"
   bridge_up
   tap_up tap0
@@ -17,7 +19,7 @@ boot_guest() { # boot_guest LOG SOCKET
   vmrun=$!
 }
 receive() { # receive LOG SOCKET: the host ends of devices have the same names on both hosts
-  $bin/vmrecv tcp:0.0.0.0:7070 --insecure --control "$2" --serial "file:$1" >/out/vmrecv.out 2>&1 &
+  $bin/vmrecv tcp:0.0.0.0:7070 --insecure --control "$2" --serial "file:$1" "${remaps[@]}" >/out/vmrecv.out 2>&1 &
   vmrecv=$!
   await 'waiting for a machine' /out/vmrecv.out 30 || { cat /out/vmrecv.out; die "vmrecv does not wait"; }
 }
