@@ -116,11 +116,11 @@ pub struct Args {
 
     /// Give the guest a network card (virtio-net) on a tap
     ///
-    /// tap=NAME[,mac=MAC][,id=ID]. NAME is a tap of the host; new:NAME makes one, which goes with vmrun.
+    /// NAME is a tap of the host; new:NAME makes one, which goes with vmrun.
     /// The address is random and the id net0, net1 and so on, unless they are given. May be given more
     /// than once. When the guest moves, the destination needs a tap of the same name, or
     /// `vmrecv --remap ID=NAME`.
-    #[arg(long, value_name = "tap=NAME", requires = "kernel", help_heading = GUEST)]
+    #[arg(long, value_name = "tap=NAME[,mac=MAC][,id=ID]", requires = "kernel", help_heading = GUEST)]
     pub net: Vec<NetSpec>,
 
     /// Do not start the guest before `vmctl SOCK resume`

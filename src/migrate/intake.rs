@@ -1,7 +1,7 @@
 //! The receiver's door: takes connections, hears their first word, passes them on.
 //!
 //! Each caller is heard on a thread of its own, for a bounded time, and only so many at once: one
-//! that says nothing, or drips, keeps nobody else waiting ([`places`]).
+//! that says nothing, or drips, keeps nobody else waiting (`places`).
 
 mod places;
 

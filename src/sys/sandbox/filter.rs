@@ -19,7 +19,7 @@ pub(super) enum Filter {
     Vcpu,
 }
 
-/// Memory of one's own. `mmap` and `mprotect` have conditions, see [`conditions`].
+/// Memory of one's own. `mmap` and `mprotect` have conditions, see `conditions`.
 const MEMORY: &[c_long] =
     &[SYS_brk, SYS_munmap, SYS_mremap, SYS_madvise, SYS_mincore, SYS_msync, SYS_memfd_create, SYS_ftruncate];
 /// Threads that are there: waiting, waking, ending.

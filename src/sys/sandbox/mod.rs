@@ -2,7 +2,7 @@
 //! the files and ports that are needed.
 //!
 //! Everything here is for the calling thread and the threads that it starts afterwards. A mover enters
-//! once, before it has any other thread ([`enter`]). `vmrun` enters likewise, with a filter that has room
+//! once, before it has any other thread ([`enter_mover`]). `vmrun` enters likewise, with a filter that has room
 //! for making a machine; then each of its threads gives up the rest as soon as it can do without
 //! ([`confine_thread`]).
 
