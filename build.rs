@@ -1,12 +1,12 @@
 //! Builds the trial guests with the C compiler (`CC`, default `gcc`): `heartbeat.elf`, which vmrun
-//! embeds, and `other.elf`, which tests boot.
+//! embeds, and `other.elf` and `drivers.elf`, which tests boot.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    for input in ["guest", "tests/guests/other.S", "build.rs"] {
+    for input in ["guest", "tests/guests", "build.rs"] {
         println!("cargo::rerun-if-changed={input}");
     }
     println!("cargo::rerun-if-env-changed=CC");
@@ -29,7 +29,10 @@ fn main() {
     let sources = ["guest/heartbeat.S", "guest/heartbeat.c"];
     compile(&out.join("heartbeat.elf"), &[&c_flags[..], &script[..], &sources[..]].concat());
     compile(&out.join("other.elf"), &["-Wl,-Ttext-segment=0x400000", "tests/guests/other.S"]);
+    let sources = ["-Iguest", "guest/heartbeat.S", "tests/guests/drivers.c"];
+    compile(&out.join("drivers.elf"), &[&c_flags[..], &script[..], &sources[..]].concat());
     // For integration tests, which do not have OUT_DIR.
+    println!("cargo::rustc-env=DRIVERS_ELF={}", out.join("drivers.elf").display());
     println!("cargo::rustc-env=OTHER_ELF={}", out.join("other.elf").display());
 }
 

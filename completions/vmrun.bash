@@ -23,7 +23,7 @@ _vmrun() {
 
     case "${cmd}" in
         vmrun)
-            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --hugepages --name --disk --rng --net --paused --incoming --control --serial --no-sandbox --log --help --version"
+            opts="-m -c -h -V --kernel --initrd --cmdline --memory --cpus --hugepages --name --disk --rng --net --vsock --paused --incoming --control --serial --no-sandbox --log --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -103,6 +103,10 @@ _vmrun() {
                     return 0
                     ;;
                 --net)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --vsock)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -7,6 +7,7 @@ complete -c vmrun -l hugepages -d 'Make the guest\'s memory of pages of this siz
 complete -c vmrun -l name -d 'The guest\'s name, in status and messages' -r
 complete -c vmrun -l disk -d 'Give the guest a disk (virtio-block): a raw image, or a block device' -r -F
 complete -c vmrun -l net -d 'Give the guest a network card (virtio-net) on a tap' -r
+complete -c vmrun -l vsock -d 'Connect sockets of the guest (virtio-vsock) with Unix sockets of the host' -r
 complete -c vmrun -l control -d 'Make a control socket for vmctl, vmsend and vmrecv; none by default' -r -F
 complete -c vmrun -l serial -d 'What the guest\'s serial port is connected to: stdio, file:PATH, pty or none' -r
 complete -c vmrun -l log -d 'Log messages of this level and above on standard error' -r -f -a "error\t'What went wrong'

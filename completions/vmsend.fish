@@ -23,6 +23,7 @@ complete -c vmsend -l verify -d 'Compare digests of all RAM before the switchove
 complete -c vmsend -l keep-source -d 'Leave the source\'s vmrun and the guest\'s remains, instead of ending it'
 complete -c vmsend -l insecure -d 'Allow TCP beyond loopback, without encryption or authentication'
 complete -c vmsend -l resume -d 'Go on with a migration whose vmsend ended after the guest was committed'
+complete -c vmsend -l status -d 'Say who has the guest, what its migration does, and what it waits for; do nothing'
 complete -c vmsend -l revoke -d 'With --resume: ask for the guest back if the destination has not run it'
 complete -c vmsend -l no-sandbox -d 'Do not confine this program, for debugging'
 complete -c vmsend -l json -d 'Print JSON on standard output, one object a line, the result last'

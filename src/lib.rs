@@ -18,8 +18,14 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+// The fuzzer's targets name the library by its name, also where they are a part of its tests.
+#[cfg(test)]
+extern crate self as vmferry;
+
 pub mod cli;
 pub mod control;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod memory;
 pub mod migrate;
 pub mod state;

@@ -4,6 +4,8 @@
 
 #[path = "control/busy.rs"]
 mod busy;
+#[path = "control/disk.rs"]
+mod disk;
 #[path = "control/guest.rs"]
 mod guest;
 #[path = "control/host.rs"]
@@ -12,5 +14,7 @@ mod host;
 mod incoming;
 #[path = "control/leases.rs"]
 mod leases;
+#[path = "control/postcopy.rs"]
+mod postcopy;
 #[path = "control/socket.rs"]
 mod socket;

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use clap::Args;
@@ -36,7 +35,7 @@ const DNS_PORT: u16 = 53;
 pub fn sender(vm: &Path, dest: &Address, control: Option<&Path>) -> io::Result<()> {
     let mut confinement = mover([vm])?;
     if let Address::Unix(path) = dest {
-        keep_access(&mut confinement, path);
+        confinement.use_path(path);
     }
     if let Address::Tcp { host, port } = dest {
         confinement.allowed.connect.push(*port);
@@ -46,8 +45,7 @@ pub fn sender(vm: &Path, dest: &Address, control: Option<&Path>) -> io::Result<(
         }
     }
     if let Some(path) = control {
-        confinement.allowed.change_beside(path);
-        keep_access(&mut confinement, path);
+        confinement.change_beside(path);
     }
     enter("vmsend", transport::program(dest).into_iter().collect(), &confinement)
 }
@@ -58,8 +56,7 @@ pub fn receiver(control: &Path, listen: &Address, vmrun: Option<Program>) -> io:
     let mut confinement = mover([control])?;
     match listen {
         Address::Unix(path) => {
-            confinement.allowed.change_beside(path);
-            keep_access(&mut confinement, path);
+            confinement.change_beside(path);
         }
         Address::Tcp { host, port } => {
             confinement.allowed.listen.push(*port);
@@ -83,8 +80,7 @@ pub fn host(control: Option<&Path>) -> io::Result<()> {
     later.allowed.read(BACKTRACE.into_iter().chain(["/proc/meminfo"]));
     if let Some(path) = control {
         // The session record beside it, and its own file at the end.
-        later.allowed.change_beside(path);
-        keep_access(&mut later, path);
+        later.change_beside(path);
     }
     sandbox::enter_vmrun(later)
 }
@@ -94,21 +90,8 @@ fn mover<'a>(sockets: impl IntoIterator<Item = &'a Path>) -> io::Result<Confinem
     let mut confinement = Confinement::default();
     confinement.allowed.read(BACKTRACE.into_iter().chain(["/proc/sys/kernel/hostname", "/dev/urandom"]));
     confinement.allowed.paths.push((std::env::current_exe()?, Reach::Read));
-    sockets.into_iter().for_each(|path| keep_access(&mut confinement, path));
+    sockets.into_iter().for_each(|path| confinement.use_path(path));
     Ok(confinement)
-}
-
-/// Root has to stay able to use the socket at `path` where that, or its directory, is another user's.
-fn keep_access(confinement: &mut Confinement, path: &Path) {
-    let us = nix::unistd::geteuid().as_raw();
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let foreign = |path: &Path| path.metadata().is_ok_and(|m| m.uid() != us);
-    // A directory of root's own, or one like /tmp that everybody may use, needs nothing.
-    let closed = |path: &Path| path.metadata().is_ok_and(|m| m.mode() & 0o003 != 0o003);
-    let needed = foreign(path) || (foreign(parent) && closed(parent));
-    if needed && !confinement.keep.contains(&Keep::DacOverride) {
-        confinement.keep.push(Keep::DacOverride);
-    }
 }
 
 fn enter(name: &'static str, programs: Vec<Program>, confinement: &Confinement) -> io::Result<()> {

@@ -58,6 +58,11 @@ pub const RECV_CODES: &[(Exit, &str)] = &[
     (Exit::Usage, "usage: nothing was touched"),
     (Exit::Refused, "this host cannot take the guest (only where no other can come: exec: and -)"),
     (Exit::PeerFailed, "the peer, the link or the protocol failed (likewise)"),
+    (
+        Exit::Resumable,
+        "interrupted, and resumable: the guest runs here and lacks pages (only where the connection cannot come \
+         again: exec: and -)",
+    ),
     (Exit::Unknown, "outcome unknown: vmrun holds the guest here for the source's word"),
     (Exit::Lost, "vmrun has ended while it ran the guest, or was told to"),
     (Exit::Confined, CONFINED),

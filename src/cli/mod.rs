@@ -8,6 +8,8 @@ pub mod log;
 pub mod manual;
 pub mod output;
 pub mod progress;
+pub mod status;
+pub mod summary;
 pub mod units;
 pub mod vmctl;
 pub mod vmrecv;

@@ -7,6 +7,7 @@ use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
+use crate::control::LinkState;
 use crate::control::mover::MoverProgress;
 use crate::migrate::outcome::MigrateError;
 use crate::migrate::report::Observer;
@@ -106,6 +107,9 @@ impl Observer for Display {
 
 /// Pass, sent, left, dirty rate, bandwidth, expected downtime, time.
 fn progress_line(p: &MoverProgress) -> String {
+    if p.link != LinkState::Up {
+        return format!("{}: connection to {} {}", p.phase, p.dest, p.link);
+    }
     let rate = |bytes: Option<u64>| bytes.map_or_else(|| "?".to_owned(), |b| format!("{}/s", size(b)));
     let downtime = p.expected_downtime_ms.map_or_else(|| "?".to_owned(), |ms| format!("{ms} ms"));
     format!(
@@ -143,6 +147,7 @@ mod tests {
             dirty_bytes_per_s: Some(100 << 20),
             bandwidth_bytes_per_s: None,
             expected_downtime_ms: Some(42),
+            link: LinkState::Up,
             elapsed_ms: 1500,
             settings: MoverSettings { downtime_ms: 300, bandwidth_bytes_per_s: None },
         };

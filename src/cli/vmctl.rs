@@ -12,10 +12,10 @@ use super::exit::{self, Exit};
 use super::flags;
 use super::manual::Manual;
 use super::output;
+use super::status;
 use super::units::{Rate, Size, duration};
 use crate::control::mover::{MoverEvent, MoverProgress, MoverRequest};
-use crate::control::{Client, ClientError, Event, FailureCode, Status};
-use crate::memory::RamPages;
+use crate::control::{Client, ClientError, Event, FailureCode, LinkState, Status};
 use crate::state::MachineDescription;
 use crate::switchover::OperatorWord;
 
@@ -275,22 +275,7 @@ impl Show {
     }
 
     fn status(&self, status: &Status) {
-        self.either(status, || {
-            let name = status.name.as_deref().map(|n| format!("{n}: ")).unwrap_or_default();
-            let mut text = format!("{name}{}", status.summary);
-            if status.vcpus > 0 {
-                let (vcpus, memory) = (status.vcpus, Size(status.memory_bytes));
-                text += &format!("\n  {vcpus} vCPU{}, {memory} memory", if vcpus == 1 { "" } else { "s" });
-                if let Some(pages) = status.ram_pages.filter(|p| *p != RamPages::Small) {
-                    text += &format!(" of {pages} pages");
-                }
-                text += if status.dirty_log { ", dirty log on" } else { "" };
-            }
-            if let Some(attempt) = status.ownership.attempt() {
-                text += &format!("\n  session {} epoch {}", attempt.session, attempt.epoch);
-            }
-            text
-        });
+        self.either(status, || status::text(status));
     }
 
     fn machine(&self, machine: &MachineDescription) {
@@ -320,6 +305,10 @@ impl Show {
 fn progress_line(p: &MoverProgress) -> String {
     let rate = |r: Option<u64>| r.map_or("?".to_owned(), |r| Rate(r).to_string());
     let downtime = p.expected_downtime_ms.map_or("?".to_owned(), |ms| format!("{ms} ms"));
+    if p.link != LinkState::Up {
+        let (phase, dest, left, link) = (&p.phase, &p.dest, Size(p.left_bytes), &p.link);
+        return format!("{phase} to {dest}: connection {link}, left {left}");
+    }
     format!(
         "{} to {}: pass {}, sent {}, left {}, dirty rate {}, bandwidth {}, expected downtime {downtime} (aim {} ms), {:.1} s",
         p.phase,

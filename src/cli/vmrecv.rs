@@ -78,8 +78,9 @@ pub struct Args {
 
     /// Replace the host end of a device, as in serial0=file:/var/log/guest
     ///
-    /// May be given more than once; for a network card it is the name of a tap here, as in
-    /// net0=tap3. `vmctl SOCK machine` at the source tells the devices.
+    /// May be given more than once; for a disk it is PATH and its options as in --disk, for a network card the name of
+    /// a tap here, as in net0=tap3, for vsock0 the path of its socket. `vmctl SOCK machine` at the
+    /// source tells the devices.
     #[arg(long, value_name = "ID=VALUE", value_parser = remap)]
     pub remap: Vec<Remap>,
 

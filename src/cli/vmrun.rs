@@ -15,6 +15,7 @@ use super::units::Size;
 use crate::memory::RamPages;
 use crate::vmm::service::{Ending, Service, ServiceError};
 use crate::vmm::virtio::net::NetSpec;
+use crate::vmm::virtio::vsock::{NoVsockSpec, VsockSpec};
 use crate::vmm::virtio::{HostEnd, ImageConfig};
 use crate::vmm::{
     DeviceConfig, GuestExit, HostAbilities, KernelSource, LocalConfig, MachineConfig, SerialBackend, open_kvm,
@@ -123,12 +124,28 @@ pub struct Args {
     #[arg(long, value_name = "tap=NAME[,mac=MAC][,id=ID]", requires = "kernel", help_heading = GUEST)]
     pub net: Vec<NetSpec>,
 
+    /// Connect sockets of the guest (virtio-vsock) with Unix sockets of the host
+    ///
+    /// N is the guest's context id, from 3 on. Programs of the host connect to PATH, write
+    /// "CONNECT PORT" and a line feed, and get "OK" and a number when the guest accepts; who listens at
+    /// PATH_PORT is reached by the guest at PORT of the host (context id 2). The ids are vsock0, vsock1 and so
+    /// on, unless id= names one. When the guest moves, its connections are reset, and vmrecv needs
+    /// --remap ID=PATH.
+    #[arg(
+        long,
+        value_name = "cid=N,path=PATH[,id=ID]",
+        requires = "kernel",
+        value_parser = vsock,
+        help_heading = GUEST
+    )]
+    pub vsock: Vec<VsockSpec>,
+
     /// Do not start the guest before `vmctl SOCK resume`
     #[arg(long, requires = "control", help_heading = GUEST)]
     pub paused: bool,
 
     /// Hold no guest, and wait for one that vmrecv brings in
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "net", "paused"])]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "memory", "cpus", "name", "disk", "rng", "net", "vsock", "paused"])]
     pub incoming: bool,
 
     /// Make a control socket for vmctl, vmsend and vmrecv; none by default
@@ -176,6 +193,14 @@ fn disk(text: &str) -> Result<Disk, String> {
     Ok(Disk { image: ImageConfig { path, ..image }, id })
 }
 
+fn vsock(text: &str) -> Result<VsockSpec, String> {
+    let spec: VsockSpec = text.parse().map_err(|e: NoVsockSpec| e.to_string())?;
+    // As for disks; and the whole path must not be too long.
+    let path = std::path::absolute(&spec.path.0).map_err(|e| e.to_string())?;
+    let path = path.display().to_string().parse().map_err(|e: NoVsockSpec| e.to_string())?;
+    Ok(VsockSpec { path, ..spec })
+}
+
 /// The id of the source of random numbers.
 const RNG_ID: &str = "rng0";
 
@@ -197,6 +222,7 @@ pub const MANUAL: Manual = Manual {
         ("a disk that is only read", "vmrun --kernel vmlinux --disk root.img,readonly,id=root"),
         ("a Linux guest", "vmrun --kernel vmlinux --initrd initrd.img --cmdline console=ttyS0"),
         ("with a network card", "vmrun --kernel vmlinux --net tap=tap0 --control /run/a.sock"),
+        ("with sockets to the host", "vmrun --kernel vmlinux --vsock cid=3,path=/run/a.vsock"),
         ("an empty one, for vmrecv --attach", "vmrun --incoming --control /run/b.sock --serial file:b.log"),
     ],
     exits: exit::VMRUN_CODES,
@@ -205,10 +231,15 @@ pub const MANUAL: Manual = Manual {
               all the same.",
     files: &[
         ("SOCK", "the control socket"),
+        ("PATH of --vsock", "the socket at which programs of the host reach the guest, with mode 0600"),
         (
             "SOCK.session.json",
             "who owns the guest, as soon as another host has or had a part in it; it stays when vmrun ends \
              while that is open",
+        ),
+        (
+            "SOCK.session.json.new",
+            "lies ready for the next record while a migration may need one, and goes with vmrun",
         ),
         (
             "SOCK.session.json.old, SOCK.session.json.old.1, ...",
@@ -248,7 +279,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
     }
     let mut service = Service::open(args.control.as_deref(), local)?;
     if let Some(kernel) = args.kernel {
-        let devices = devices(args.disk, args.rng, args.net);
+        let devices = devices(args.disk, args.rng, args.net, args.vsock);
         let config = MachineConfig {
             name: args.name,
             uuid: uuid()?,
@@ -268,7 +299,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
 
 /// The virtio devices, in the order of their slots. Disks first: a guest finds its root disk at the same
 /// place with and without the rest.
-fn devices(disks: Vec<Disk>, rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig> {
+fn devices(disks: Vec<Disk>, rng: bool, cards: Vec<NetSpec>, sockets: Vec<VsockSpec>) -> Vec<DeviceConfig> {
     let rng = rng.then(|| DeviceConfig { id: RNG_ID.into(), host: HostEnd::Rng });
     let card = |(number, card): (usize, NetSpec)| DeviceConfig {
         id: card.id.unwrap_or_else(|| format!("net{number}")),
@@ -278,12 +309,17 @@ fn devices(disks: Vec<Disk>, rng: bool, cards: Vec<NetSpec>) -> Vec<DeviceConfig
         id: id.unwrap_or_else(|| format!("disk{number}")),
         host: HostEnd::Image(image),
     };
+    let socket = |(number, socket): (usize, VsockSpec)| DeviceConfig {
+        id: socket.id.unwrap_or_else(|| format!("vsock{number}")),
+        host: HostEnd::Vsock { path: socket.path, cid: Some(socket.cid) },
+    };
     disks
         .into_iter()
         .enumerate()
         .map(disk)
         .chain(rng)
         .chain(cards.into_iter().enumerate().map(card))
+        .chain(sockets.into_iter().enumerate().map(socket))
         .collect()
 }
 
@@ -330,14 +366,20 @@ mod tests {
         assert!(parse("vmrun --kernel k --paused").is_err());
         assert!(parse("vmrun --incoming --control s --disk d").is_err());
         let args = parse("vmrun --kernel k --disk /d,readonly --disk /e,id=data --rng").unwrap();
-        let made = devices(args.disk, args.rng, args.net);
+        let made = devices(args.disk, args.rng, args.net, args.vsock);
         let shown: Vec<_> = made.iter().map(|d| format!("{}={}", d.id, d.host)).collect();
         assert_eq!(shown, ["disk0=/d,readonly", "data=/e", "rng0=kernel"]);
         assert!(parse("vmrun --kernel k --net tap0").is_err());
         assert!(parse("vmrun --incoming --control s --net tap=a").is_err());
         let args = parse("vmrun --kernel k --rng --net tap=a --net tap=b,id=lan --net tap=c").unwrap();
-        let ids: Vec<_> = devices(args.disk, args.rng, args.net).into_iter().map(|d| d.id).collect();
+        let ids: Vec<_> =
+            devices(args.disk, args.rng, args.net, args.vsock).into_iter().map(|d| d.id).collect();
         assert_eq!(ids, ["rng0", "net0", "lan", "net2"]);
+        assert!(parse("vmrun --kernel k --vsock path=/v").is_err());
+        assert!(parse("vmrun --incoming --control s --vsock cid=3,path=/v").is_err());
+        let args = parse("vmrun --kernel k --vsock cid=3,path=/v").unwrap();
+        let made = devices(args.disk, args.rng, args.net, args.vsock);
+        assert_eq!((&*made[0].id, made[0].host.to_string()), ("vsock0", "/v".to_owned()));
         let args = parse("vmrun --kernel builtin:heartbeat -m 1G -c 2").unwrap();
         assert_eq!(
             (args.kernel, args.memory),

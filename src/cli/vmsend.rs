@@ -1,11 +1,12 @@
 //! The command line of `vmsend`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum, ValueHint};
 
+use crate::control::Client;
 use crate::migrate::convergence::{Mode, OnTimeout, Policy};
 use crate::migrate::options::SendOptions;
 use crate::migrate::outcome::{Ending, MigrateError, Side, Summary};
@@ -20,8 +21,9 @@ use super::flags::{self, CONNECTION, OutputArgs, PeerArgs};
 use super::log;
 use super::manual::Manual;
 use super::output::complain;
-use super::progress::{Display, size};
+use super::progress::Display;
 use super::units::{Rate, duration};
+use super::{status, summary};
 
 /// Move a running microVM to another host
 #[derive(Clone, Debug, Parser)]
@@ -30,7 +32,7 @@ use super::units::{Rate, duration};
     version,
     long_about = LONG_ABOUT,
     after_long_help = MANUAL.after_help(),
-    override_usage = "vmsend [OPTIONS] --vm <SOCK> <DEST>\n       vmsend [OPTIONS] --vm <SOCK> --resume [--revoke]"
+    override_usage = "vmsend [OPTIONS] --vm <SOCK> <DEST>\n       vmsend [OPTIONS] --vm <SOCK> --resume [--revoke] [DEST]\n       vmsend --vm <SOCK> --status [--json]"
 )]
 pub struct Args {
     /// Control socket of the vmrun that has the guest
@@ -47,8 +49,9 @@ pub struct Args {
     ///
     /// A vmrecv waits there. `exec:` runs a command with sh and speaks with it through its standard
     /// input and output, as in exec:'ssh hostb vmrecv --control /run/vm.sock -'; `-` is this
-    /// program's own standard input and output. An IPv6 address is put in brackets.
-    #[arg(value_name = "DEST", required_unless_present = "resume", conflicts_with = "resume")]
+    /// program's own standard input and output. An IPv6 address is put in brackets. With --resume it is
+    /// where the destination is reached now, if no longer where it was.
+    #[arg(value_name = "DEST", required_unless_present_any = ["resume", "status"])]
     pub dest: Option<Address>,
 
     /// When pages are sent
@@ -104,15 +107,15 @@ pub struct Args {
 
     /// Number of connections that carry pages, 1 to 64
     ///
-    /// tcp: and unix: can have more than one; exec: and - carry pages on their one connection.
+    /// 2 by default; 1 where vmsend may use one CPU only and the guest runs meanwhile, as it does in precopy. tcp: and unix:
+    /// can have more than one; exec: and - carry pages on their one connection.
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 2,
         value_parser = clap::value_parser!(u32).range(1..=64),
         help_heading = CONNECTION
     )]
-    pub channels: u32,
+    pub channels: Option<u32>,
 
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -130,21 +133,28 @@ pub struct Args {
 
     /// Go on with a migration whose vmsend ended after the guest was committed
     ///
-    /// Where it goes is asked of vmrun. The destination is told to run the guest, or says that it
-    /// does.
+    /// Where it goes is asked of vmrun, unless DEST says otherwise. The destination is told to run the
+    /// guest, or says that it does.
     #[arg(long, help_heading = RECOVERY)]
     pub resume: bool,
 
+    /// Say who has the guest, what its migration does, and what it waits for; do nothing
+    ///
+    /// Asked of vmrun, and so answered whether or not a vmsend is at work. With --json it is the answer
+    /// to `status` of docs/control.md.
+    #[arg(long, conflicts_with_all = ["resume", "dest"], help_heading = RECOVERY)]
+    pub status: bool,
+
     /// With --resume: ask for the guest back if the destination has not run it
-    // Both: clap waives a requirement that conflicts with what is given.
-    #[arg(long, requires = "resume", conflicts_with = "dest", help_heading = RECOVERY)]
+    #[arg(long, requires = "resume", help_heading = RECOVERY)]
     pub revoke: bool,
 
     /// Try this long to reach the destination again; 1m, or for ever, by default
     ///
     /// When it is over, the exit code is 7 if it is not known whether the guest runs there, and 6 if
     /// it runs there and lacks pages; --resume goes on. The default is a minute in the first case, and
-    /// for ever in the second.
+    /// for ever in the second, but a minute with exec:, whose command may never lead there again; - is
+    /// not tried again.
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = RECOVERY)]
     pub recover_timeout: Option<Duration>,
 
@@ -218,6 +228,8 @@ pub const MANUAL: Manual = Manual {
             "settle a migration whose vmsend was killed, or go on after exit code 6 or 7",
             "vmsend --vm /run/a.sock --resume",
         ),
+        ("the same, where a new vmrecv waits elsewhere", "vmsend --vm a.sock --resume tcp:127.0.0.1:7071"),
+        ("what is waited for?", "vmsend --vm /run/a.sock --status"),
     ],
     exits: exit::SEND_CODES,
     signals: "SIGINT and SIGTERM cancel the migration until the guest is committed; after that they are \
@@ -231,12 +243,23 @@ pub const MANUAL: Manual = Manual {
     see_also: &["vmctl", "vmrecv", "vmrun"],
 };
 
+/// Two, so that reading and sending overlap; not more than CPUs while the guest runs beside them.
+fn default_channels(beside_the_guest: bool) -> u32 {
+    match beside_the_guest {
+        true => std::thread::available_parallelism().map_or(2, |cpus| cpus.get().min(2) as u32),
+        false => 2,
+    }
+}
+
 impl Args {
     fn options(&self) -> SendOptions {
+        // What is taken up again has been paused here, and mostly runs at the destination.
+        let beside_the_guest = !self.resume && self.mode != ModeArg::Postcopy;
         SendOptions {
             vm: self.vm.clone(),
             dest: self.dest.clone().unwrap_or(Address::Stdio),
-            channels: self.channels,
+            redirect: self.dest.clone().filter(|_| self.resume),
+            channels: self.channels.unwrap_or_else(|| default_channels(beside_the_guest)),
             verify: self.verify,
             keep_source: self.keep_source,
             peer_timeout: self.peer.peer_timeout,
@@ -267,6 +290,16 @@ impl Args {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     log::start(args.output.log.level);
+    if args.status {
+        return match status::print(&args.vm, args.output.json) {
+            Ok(()) => Exit::Done.into(),
+            Err(error) => {
+                let left = status::left_behind(&args.vm).map(|left| format!("; {left}")).unwrap_or_default();
+                complain(NAME, format_args!("{error}{left}"));
+                Exit::Failed.into()
+            }
+        };
+    }
     let dest = args.dest.as_ref();
     if let Some(why) = dest.and_then(needs_insecure).filter(|_| !args.peer.insecure) {
         complain(NAME, why);
@@ -284,6 +317,11 @@ pub fn main() -> ExitCode {
         );
         return Exit::Usage.into();
     }
+    if args.resume
+        && let Some(lost) = lost_with_its_vmrun(&args.vm)
+    {
+        return Display::new(NAME, args.output.quiet, args.output.json).failed(&lost).into();
+    }
     if !args.sandbox.no_sandbox
         && let Err(e) = confine(&args, &options)
     {
@@ -294,7 +332,7 @@ pub fn main() -> ExitCode {
     let mut display = Display::new(NAME, args.output.quiet, args.output.json);
     let exit = match send(&args, &options, &settings, &mut display) {
         Ok(summary) => {
-            display.done(&summary, &summary_text(&summary));
+            display.done(&summary, &summary::text(&summary));
             Exit::Done
         }
         Err(error) => display.failed(&error),
@@ -302,9 +340,17 @@ pub fn main() -> ExitCode {
     exit.into()
 }
 
-/// Where a migration that is taken up again goes is asked of vmrun first.
+/// A migration that cannot be taken up again, since the vmrun at `vm` has ended with its guest committed.
+fn lost_with_its_vmrun(vm: &Path) -> Option<MigrateError> {
+    let error = Client::connect(vm, NAME).err()?;
+    let left = status::left_behind(vm)?;
+    Some(MigrateError::new(Ending::Unknown, Side::Source, format!("{error}; {left}")))
+}
+
+/// Where a migration that is taken up again goes is asked of vmrun first, unless that is said.
 fn confine(args: &Args, options: &SendOptions) -> std::io::Result<()> {
-    let recorded = if args.resume { handover::recorded_destination(&args.vm) } else { None };
+    let is_asked = args.resume && args.dest.is_none();
+    let recorded = if is_asked { handover::recorded_destination(&args.vm) } else { None };
     let dest = recorded.unwrap_or_else(|| options.dest.clone());
     confine::sender(&args.vm, &dest, args.control.as_deref())
 }
@@ -340,47 +386,6 @@ fn send(
     result
 }
 
-/// The closing summary for people.
-fn summary_text(s: &Summary) -> String {
-    let d = &s.downtime;
-    let waits = s.latency.as_ref().map_or_else(String::new, |latency| {
-        let us = |name: &str| latency.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
-        format!(
-            "\n{} pages came after the guest, which waited for {}: p50 {} µs, p90 {} µs, p99 {} µs, max {} µs, {:.1} ms in all",
-            s.postcopy_pages.unwrap_or(0),
-            us("count"),
-            us("p50_us"),
-            us("p90_us"),
-            us("p99_us"),
-            us("max_us"),
-            us("total_us") as f64 / 1e3
-        )
-    });
-    format!(
-        "moved in {:.2} s: {} passes, {} on the wire over {} channel{}, {} data pages, {} zero pages of {} RAM\n\
-         downtime {:.1} ms: pause {:.1}, export {:.1}, last pass {:.1}, verify {:.1}, import {:.1}, synchronise {:.1}, \
-         ready {:.1}, fence {:.1}, run {:.1}{waits}",
-        s.total_ms / 1e3,
-        s.passes,
-        size(s.wire_bytes),
-        s.channels.max(1),
-        if s.channels > 1 { "s" } else { "" },
-        s.data_pages,
-        s.zero_pages,
-        size(s.memory_bytes),
-        d.total_ms,
-        d.pause_ms,
-        d.export_ms,
-        d.last_pass_ms,
-        d.verify_ms,
-        d.import_ms,
-        d.sync_ms,
-        d.ready_ms,
-        d.fence_ms,
-        d.run_ms,
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -388,12 +393,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_more_channels_than_cpus_while_the_guest_runs() {
+        use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+        use nix::unistd::Pid;
+        let this = Pid::from_raw(0);
+        let all = sched_getaffinity(this).unwrap();
+        let may: Vec<usize> = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap()).collect();
+        for cpus in 1..=may.len().min(3) {
+            let few = std::thread::spawn({
+                let may = may[..cpus].to_vec();
+                move || {
+                    let mut set = CpuSet::new();
+                    may.iter().for_each(|cpu| set.set(*cpu).unwrap());
+                    sched_setaffinity(this, &set).unwrap();
+                    ["", "--mode hybrid", "--mode postcopy", "--resume", "--channels 7"].map(|words| {
+                        let line = format!("vmsend --vm a {words} tcp:b:1");
+                        Args::try_parse_from(line.split_whitespace()).unwrap().options().channels
+                    })
+                }
+            });
+            let beside_the_guest = cpus.min(2) as u32;
+            assert_eq!(few.join().unwrap(), [beside_the_guest, beside_the_guest, 2, 2, 7]);
+        }
+    }
+
+    #[test]
     fn the_flags_fit_together() {
         Args::command().debug_assert();
         let parse = |line: &str| Args::try_parse_from(line.split_whitespace());
         assert!(parse("vmsend --vm a").is_err());
-        assert!(parse("vmsend --vm a --resume tcp:b:1").is_err());
+        assert!(parse("vmsend --vm a --resume tcp:b:1").is_ok());
         assert!(parse("vmsend --vm a --revoke tcp:b:1").is_err());
+        assert!(parse("vmsend --vm a --status tcp:b:1").is_err());
+        assert!(parse("vmsend --vm a --status --resume").is_err());
+        assert!(parse("vmsend --vm a --status --json").is_ok());
         assert!(parse("vmsend --vm a --resume --revoke").is_ok());
         assert!(parse("vmsend --vm a --channels 65 tcp:b:1").is_err());
         let args = parse("vmsend --vm a -q --bwlimit 1Gbit tcp:b:1").unwrap();

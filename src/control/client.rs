@@ -19,6 +19,7 @@ use thiserror::Error;
 use super::lines::{LineError, LineReader, LineWriter, ReadOutcome, to_line};
 use super::{Answer, CONTROL_VERSION, Call, Failure, FailureCode, Hello, Outcome};
 
+mod report;
 mod requests;
 
 /// How long an answer may take unless told otherwise. A server answers within 100 ms in every phase.
@@ -114,6 +115,8 @@ pub struct Client {
     next_id: u64,
     reader: LineReader,
     events: VecDeque<Value>,
+    /// The report whose answer has not come.
+    reported: Option<u64>,
 }
 
 impl Client {
@@ -127,7 +130,8 @@ impl Client {
         let stream = open(path)?;
         let server = Hello { version: 0, program: String::new(), release: String::new(), pid: 0 };
         let (reader, events) = (LineReader::default(), VecDeque::new());
-        let mut client = Self { stream, path: path.to_owned(), server, timeout, next_id: 1, reader, events };
+        let path = path.to_owned();
+        let mut client = Self { stream, path, server, timeout, next_id: 1, reader, events, reported: None };
         let hello = super::Request::Hello { version: CONTROL_VERSION, client: who.to_owned() };
         let (server, _): (Hello, _) = client.call(&hello, &[]).map_err(|e| match e {
             ClientError::Refused { path, failure } if failure.code == FailureCode::Usage => {
@@ -147,6 +151,24 @@ impl Client {
         }
         client.server = server;
         Ok(client)
+    }
+
+    /// On a connection that stands, to a server that was heard.
+    #[cfg(any(fuzzing, test))]
+    pub(crate) fn of_stream(stream: UnixStream) -> Self {
+        let server =
+            Hello { version: CONTROL_VERSION, program: String::new(), release: String::new(), pid: 0 };
+        let (reader, events) = (LineReader::default(), VecDeque::new());
+        Self {
+            stream,
+            path: PathBuf::new(),
+            server,
+            timeout: DEFAULT_TIMEOUT,
+            next_id: 1,
+            reader,
+            events,
+            reported: None,
+        }
     }
 
     /// Who answers: the program, its release and its process.
@@ -309,9 +331,12 @@ impl Client {
             self.events.push_back(value);
             return Ok(None);
         }
-        serde_json::from_value(value)
-            .map(Some)
-            .map_err(|e| self.not_control(format!("it says no answer: {e}")))
+        let answer: Answer =
+            serde_json::from_value(value).map_err(|e| self.not_control(format!("it says no answer: {e}")))?;
+        if self.reported == Some(answer.id) {
+            self.reported = None;
+        }
+        Ok(Some(answer))
     }
 
     /// The next line; `None` when the time is up.

@@ -10,7 +10,7 @@ use super::server::ControlRequest;
 use super::{Answer, CONTROL_VERSION, Call, Failure, FailureCode, Outcome};
 
 /// A line that was understood.
-pub(super) enum Parsed<R> {
+pub(crate) enum Parsed<R> {
     /// The opening; its version is not checked yet.
     Hello { id: u64, version: u32 },
     /// A request.
@@ -19,7 +19,7 @@ pub(super) enum Parsed<R> {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: UnixStream,
     reader: LineReader,
     writer: LineWriter,

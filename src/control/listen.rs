@@ -3,8 +3,8 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,11 +12,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
-};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::socket::{Backlog, UnixAddr, bind, getsockopt, listen};
 use thiserror::Error;
+
+use crate::sys::socket_file::{self, Occupant};
 
 /// How long to wait for another program that is about to make its socket in the same directory.
 const DIRECTORY_LOCK_WAIT: Duration = Duration::from_secs(2);
@@ -78,12 +77,7 @@ impl ListenSocket {
             Errno::ENAMETOOLONG => BindError::TooLong(path.to_owned()),
             e => io("use the path", e.into()),
         })?;
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-            .map_err(|e| io("open a socket", e.into()))?;
-        // The mode of the socket before bind(2) is the most that its file gets (Linux): so the file
-        // is never open to others, whatever the umask is.
-        fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| io("set its mode", e.into()))?;
+        let fd = socket_file::to_be_bound().map_err(|e| io("open a socket", e.into()))?;
         // Between bind and listen a socket looks dead, and two programs could both replace the same
         // dead one: one at a time in this directory.
         let lock = lock_directory(path).map_err(|e| io("open its directory", e))?;
@@ -145,34 +139,14 @@ impl Drop for ListenSocket {
 /// Removes the socket file at `path` when nobody listens there.
 fn clear_dead(path: &Path) -> Result<(), BindError> {
     let io = |what, source| BindError::Io { path: path.to_owned(), what, source };
-    let meta = match fs::symlink_metadata(path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(io("look at it", e)),
-    };
-    if !meta.file_type().is_socket() {
-        return Err(BindError::NotASocket(path.to_owned()));
-    }
-    match connect_now(path) {
-        Ok(stream) => {
-            let pid = getsockopt(&stream, PeerCredentials).map_or(0, |c| c.pid());
-            Err(BindError::Taken { path: path.to_owned(), pid })
-        }
-        // Its backlog is full: someone is there.
-        Err(Errno::EAGAIN) => Err(BindError::Taken { path: path.to_owned(), pid: 0 }),
-        Err(Errno::ECONNREFUSED) => {
+    match socket_file::occupant(path).map_err(|e| io("ask who is there", e))? {
+        Occupant::Nobody => Ok(()),
+        Occupant::NoSocket => Err(BindError::NotASocket(path.to_owned())),
+        Occupant::Live(pid) => Err(BindError::Taken { path: path.to_owned(), pid }),
+        Occupant::Dead => {
             fs::remove_file(path).map_err(|e| io("replace the one that a dead program left", e))
         }
-        Err(e) => Err(io("ask who is there", e.into())),
     }
-}
-
-/// Connects without waiting.
-fn connect_now(path: &Path) -> Result<OwnedFd, Errno> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(fd)
 }
 
 /// Locks the directory that `path` is in; `None` when someone else holds the lock too long.

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::told::{MoverReport, MoverState};
 use crate::memory::{PageIndex, RamMap, RamPages, VmmAddr};
 use crate::state::{MachineDescription, Problem};
 use crate::switchover::{Attempt, Ownership, SessionId};
@@ -58,14 +59,14 @@ pub enum Request {
     Attach {
         /// `Some`: a new session. `None`: the one that is under way, with its next epoch.
         session: Option<SessionId>,
-        /// Where it is sent, for the record and the status.
+        /// Where it is sent, for the record and the status; it may change within a session.
         dest: String,
     },
     /// Starts dirty logging. Answer: [`DirtyPages`] with a memfd that holds the bitmap
     /// (one bit a page in [`PageIndex`] order), written by `dirty-take` and read by `dirty-put-back`.
     DirtyStart,
     /// Writes the pages dirtied since the last take into the shared bitmap. Answer: [`DirtyPages`].
-    /// Pages stay in KVM's log until `dirty-clear` where KVM has manual protection.
+    /// Pages that are not cleared by `dirty-clear` come with the next take as well.
     DirtyTake,
     /// Re-arms the log for pages that are about to be read. Answer: `{}`.
     DirtyClear {
@@ -184,6 +185,12 @@ pub enum Request {
     Revoke {
         /// The attempt.
         attempt: Attempt,
+    },
+    /// The mover that is attached, or loads the guest, tells where it stands: for the status, until it
+    /// tells anew. Answer: `{}`, at once.
+    Report {
+        /// What it has to tell.
+        report: Box<MoverReport>,
     },
     /// Incoming: the same session on a new connection. Answer: [`Status`].
     Renew {
@@ -327,6 +334,12 @@ pub struct Status {
     /// Pages that have not come yet, while some come after the guest (postcopy).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_pages: Option<u64>,
+    /// What the mover has told of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mover: Option<MoverState>,
+    /// What is waited for, for people; nothing, or nothing in particular, when it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awaited: Option<String>,
     /// The vmrun process.
     pub pid: u32,
 }

@@ -12,8 +12,13 @@ mod listen;
 mod message;
 pub mod mover;
 mod server;
+mod told;
+
+#[cfg(any(fuzzing, test))]
+pub(crate) use connection::Connection;
 
 pub use client::{Client, ClientError, DEFAULT_TIMEOUT};
 pub use listen::BindError;
 pub use message::*;
 pub use server::{ConnectionId, ControlRequest, Incoming, MAX_CONNECTIONS, ReplyTo, Server};
+pub use told::{LinkState, MoverReport, MoverState, PageRequests, millis, seconds};

@@ -57,7 +57,7 @@ pub struct MoverSettings {
 /// How far it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoverProgress {
-    /// What is being done: `connect`, `precopy`, `switchover`, `reconnect`, `done`.
+    /// What is being done: `connect`, `precopy`, `switchover`, `reconnect`, `postcopy`, `done`.
     pub phase: String,
     /// Where the guest goes.
     pub dest: String,
@@ -75,6 +75,9 @@ pub struct MoverProgress {
     pub bandwidth_bytes_per_s: Option<u64>,
     /// The downtime if it switched over now, once it can be told.
     pub expected_downtime_ms: Option<u64>,
+    /// The connection to the destination.
+    #[serde(default)]
+    pub link: super::LinkState,
     /// Time since the start.
     pub elapsed_ms: u64,
     /// The settings in force.

@@ -128,7 +128,7 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
         OnTimeout::Postcopy => Decision::PostcopyNow,
         OnTimeout::Force => Decision::SwitchOver,
         OnTimeout::Cancel => {
-            Decision::GiveUp(format!("did not converge: {why}; {}", figures(history, now, policy)))
+            Decision::GiveUp(format!("did not converge: {why}; {}; {ADVICE}", figures(history, now, policy)))
         }
     }
 }
@@ -157,12 +157,16 @@ fn stalled(outlooks: &[Duration]) -> bool {
     best(&outlooks[split..]).as_secs_f64() > 0.95 * best(&outlooks[..split]).as_secs_f64()
 }
 
+/// What an operator can do about it.
+const ADVICE: &str = "--mode hybrid or --on-timeout postcopy sends the rest after the guest, --on-timeout force takes \
+                      that downtime, and so does a longer --downtime";
+
 fn figures(history: &[PassReport], now: Duration, policy: &Policy) -> String {
     let Some(last) = history.last() else { return String::new() };
     let seconds = last.elapsed.as_secs_f64().max(1e-6);
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     format!(
-        "the guest dirties {:.0} MiB/s, the link took {:.0} MiB/s, expected downtime {:.0} ms, wanted {:.0} ms",
+        "the guest dirties {:.1} MiB/s, the link took {:.1} MiB/s, expected downtime {:.0} ms, wanted {:.0} ms",
         mib(last.dirty_after_pages as f64 * 4096.0) / seconds,
         mib(last.wire_bytes as f64) / seconds,
         now.as_secs_f64() * 1e3,
@@ -225,7 +229,7 @@ mod tests {
         let slow = Policy { downtime: 30 * MS, ..policy() };
         let (_, decision) = simulate(16_384, 1000, 100, &slow);
         let Decision::GiveUp(why) = decision else { panic!("{decision:?}") };
-        assert!(why.contains("MiB/s") && why.contains("wanted 30 ms"), "{why}");
+        assert!(why.contains("MiB/s") && why.contains("wanted 30 ms") && why.ends_with(ADVICE), "{why}");
         let forced = Policy { on_timeout: OnTimeout::Force, ..slow };
         assert_eq!(simulate(16_384, 1000, 100, &forced).1, Decision::SwitchOver);
     }

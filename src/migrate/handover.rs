@@ -18,6 +18,8 @@ use super::settings::{Settings, Stop};
 use super::source::{Finish, Migration};
 use super::source_vm::SourceVm;
 
+mod fence;
+
 /// How often a wait looks at what the operator wants.
 pub(super) const TICK: Duration = Duration::from_millis(50);
 
@@ -42,6 +44,7 @@ pub fn resume(
         let what = format!("nothing to resume: the vmrun at {} {}", options.vm.display(), status.ownership);
         return Err(here(what));
     };
+    let dest = options.redirect.as_ref().map_or(dest, |now_at| now_at.to_string());
     let attached = vm.client.attach(None, &dest).map_err(here)?;
     let machine = vm.client.machine().map_err(here)?;
     let mut options = options.clone();
@@ -186,7 +189,7 @@ impl<'m, 'a> Handover<'m, 'a> {
     fn on_event(&mut self, event: Event) -> Option<SourceInput> {
         let epoch = self.migration.attempt.epoch;
         match event {
-            Event::Main(e, message) if e == epoch => self.on_message(message),
+            Event::Main(e, message, _) if e == epoch => self.on_message(message),
             Event::Lost(e, why) if e == epoch && self.migration.link.is_some() => {
                 if self.step == SourceStep::AwaitReady {
                     self.cause = Some(MigrateError::new(Ending::PeerFailed, Side::Link, why));
@@ -268,7 +271,7 @@ impl<'m, 'a> Handover<'m, 'a> {
     fn act(&mut self, action: SourceAction) -> Result<(), MigrateError> {
         let attempt = self.migration.attempt;
         match action {
-            SourceAction::Fence => self.fence(),
+            SourceAction::Fence => self.fence()?,
             SourceAction::SendRun => {
                 self.run_said_at = Instant::now();
                 self.migration.say(&Message::Run);
@@ -294,45 +297,6 @@ impl<'m, 'a> Handover<'m, 'a> {
             }
         }
         Ok(())
-    }
-
-    /// Records the commitment; whatever fails here leaves the guest ours.
-    fn fence(&mut self) {
-        let ready_after = self.paused_at.elapsed();
-        let fence_started = Instant::now();
-        let dest = self.migration.options.dest.to_string();
-        let attempt = self.migration.attempt;
-        let fenced = self.migration.vm.client.fence(attempt, &dest);
-        let d = &mut self.migration.downtime;
-        d.import_ms = self.ready.import_us as f64 / 1e3;
-        d.sync_ms = self.ready.sync_us as f64 / 1e3;
-        let before = d.pause_ms + d.export_ms + d.last_pass_ms + d.verify_ms + d.import_ms + d.sync_ms;
-        d.ready_ms = (ms(ready_after) - before).max(0.0);
-        d.fence_ms = ms(fence_started.elapsed());
-        match fenced {
-            Ok(()) => self.follow_up.push(SourceInput::Fenced),
-            // An answer that did not come may be a fence that stands: only a plain no is a no.
-            Err(ClientError::Refused { failure, .. }) => {
-                self.cause = Some(here(format!("the fence was refused: {failure}")));
-                self.follow_up.push(SourceInput::FenceRefused);
-            }
-            Err(error) => {
-                self.migration.observer.note(&format!("the fence got no answer: {error}"));
-                let input = match self.is_fenced() {
-                    Some(false) => SourceInput::FenceRefused,
-                    // The guest can no longer run here in any case: vmrun is gone, or it is fenced.
-                    Some(true) | None => SourceInput::Fenced,
-                };
-                self.follow_up.push(input);
-            }
-        }
-    }
-
-    /// Asks `vmrun` anew whether the fence stands; `None` when it is gone for good.
-    fn is_fenced(&mut self) -> Option<bool> {
-        let status =
-            SourceVm::connect(&self.migration.options.vm).and_then(|mut vm| vm.client.status()).ok()?;
-        Some(matches!(status.ownership, Ownership::Committed { .. }))
     }
 
     fn resume_guest(&mut self) -> Result<(), MigrateError> {

@@ -17,11 +17,11 @@ use super::ram::Ram;
 
 /// How long a `vmrun` that lives may take until its control socket answers: it probes KVM first,
 /// which waits like making a machine does.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long making a machine may take. On a host whose CPUs are all busy with guests, KVM waits for
-/// each of them several times while it makes a VM: over ten seconds have been seen.
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+/// each of them several times while it makes a VM: over a minute has been seen.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Which `vmrun` takes the guest.
 #[derive(Clone, Debug)]

@@ -17,7 +17,8 @@ use crate::wire::{self, Message};
 
 use super::dest::Event;
 use super::options::ReceiveOptions;
-use places::{Place, Places};
+pub use places::Place;
+use places::Places;
 
 /// How often the door looks whether it is to be shut.
 const STEP: Duration = Duration::from_millis(200);
@@ -33,6 +34,8 @@ pub struct Caller {
     pub opening: Opening,
     /// The connection.
     pub channel: Channel,
+    /// Kept until the caller is taken in, or has gone: so no more wait at the door than it has places.
+    pub place: Place,
 }
 
 /// The first word of a caller.
@@ -155,17 +158,16 @@ fn hear(
     events: &EventSender<Event>,
 ) {
     match Channel::accept(stream, options) {
-        // Whose place was given away meanwhile is cancelled already.
-        Ok((channel, opening)) if place.leave() => {
+        Ok((channel, opening)) => {
             let opening = match opening {
                 Message::Hello(hello) => Opening::Hello(Box::new(hello)),
                 Message::Join { index } => Opening::Join { index },
                 // `accept` gives nothing else.
                 _ => return,
             };
-            let _ = events.send(Event::Caller(Caller { attempt: channel.attempt(), opening, channel }));
+            let _ =
+                events.send(Event::Caller(Caller { attempt: channel.attempt(), opening, channel, place }));
         }
-        Ok(_) => {}
         Err(error) => tracing::warn!("a caller was turned away: {error}"),
     }
 }

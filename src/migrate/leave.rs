@@ -1,7 +1,7 @@
 //! The end on the source's side: both sides compare what was sent with what has come, and the source
 //! lets its copy go.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::wire::{self, Message};
 
@@ -9,6 +9,10 @@ use super::handover::{Handover, TICK};
 use super::link::Event;
 use super::outcome::{MigrateError, Summary};
 use super::wires::FAREWELL;
+
+/// How long `vmrun` may take to let its copy go: before that the dirty log is turned off, and on a host whose
+/// CPUs are all busy with guests KVM takes over ten seconds for it at times. Nobody waits for this but us.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Handover<'_, '_> {
     /// The destination runs: both sides compare their counts, and the source lets go.
@@ -33,6 +37,7 @@ impl Handover<'_, '_> {
         if let Some(bulk) = &m.bulk {
             bulk.queue.stop();
         }
+        m.vm.client.set_timeout(RELEASE_TIMEOUT);
         let released = m.vm.client.release(m.attempt, m.options.keep_source);
         match released {
             Err(error) if !error.is_disconnect() => {
@@ -65,7 +70,7 @@ impl Handover<'_, '_> {
         let until = Instant::now() + self.migration.options.peer_timeout;
         while Instant::now() < until {
             match self.migration.inbox.recv_timeout(TICK) {
-                Ok(Event::Main(_, Message::Done(done))) => return Some(done),
+                Ok(Event::Main(_, Message::Done(done), _)) => return Some(done),
                 Ok(Event::Lost(..)) => {
                     self.close_link();
                     return None;

@@ -6,12 +6,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::switchover::Attempt;
+use crate::sys::schedule;
 use crate::transport::{
     CancelToken, Channel, ChannelError, ChannelOptions, ChannelRole, ChannelStats, Heartbeat, RateLimiter,
     Receiver, Sender, connect,
 };
 use crate::wire::{self, Message, Refused, RefusedCode, RunTable};
 
+use super::backlog::{Backlog, Place};
 use super::bulk::{self, WorkError};
 use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side, here};
@@ -23,8 +25,8 @@ use super::wires::{MainLine, shorter};
 /// What wakes the source's conductor. The number is the epoch of the connection.
 #[derive(Debug)]
 pub enum Event {
-    /// A message on the main channel.
-    Main(u32, Message),
+    /// A message on the main channel, with its place among those that wait.
+    Main(u32, Message, Place),
     /// A channel has failed, and why.
     Lost(u32, String),
 }
@@ -163,7 +165,11 @@ impl Link {
     ) -> Result<(), MigrateError> {
         self.on_bulk_channels(events, |sender, limiter| {
             let (server, bulk) = (server.clone(), bulk.clone());
-            move || server.push(&sender, &bulk.views, &bulk.counters, &limiter)
+            move || {
+                // Nobody waits for these pages yet: who answers requests, or runs the guest, goes first.
+                schedule::log_unchanged("the background push", schedule::yield_to_others());
+                server.push(&sender, &bulk.views, &bulk.counters, &limiter)
+            }
         })
     }
 
@@ -247,6 +253,8 @@ fn open(
 
 /// Passes on what comes on the main channel, until it ends.
 fn read_main(mut receiver: Receiver, epoch: u32, serving: &OnceLock<Serving>, events: &EventSender<Event>) {
+    schedule::log_unchanged("who answers page requests", schedule::be_prompt());
+    let mut backlog = Backlog::new();
     loop {
         let event = match receiver.recv_message() {
             // Answered on the spot: somebody waits.
@@ -257,7 +265,7 @@ fn read_main(mut receiver: Receiver, epoch: u32, serving: &OnceLock<Serving>, ev
                     Err(error) => Event::Lost(epoch, error.to_string()),
                 }
             }
-            Ok(message) => Event::Main(epoch, message),
+            Ok(message) => Event::Main(epoch, message, backlog.place()),
             Err(error) => Event::Lost(epoch, error.to_string()),
         };
         let last = matches!(event, Event::Lost(..));

@@ -5,6 +5,7 @@
 //! end [`intake`] has let the channel in, its [`pump`] receives the page and the [`placer`] writes
 //! it. When to stop is decided by [`convergence`], who runs by [`crate::switchover`].
 
+mod backlog;
 pub mod bulk;
 pub mod convergence;
 pub mod dest;
@@ -29,4 +30,5 @@ pub mod settings;
 pub mod source;
 pub mod source_vm;
 mod stop;
+mod told;
 pub mod wires;

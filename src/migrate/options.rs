@@ -18,6 +18,8 @@ pub struct SendOptions {
     pub vm: PathBuf,
     /// Where the guest goes.
     pub dest: Address,
+    /// When taking a migration up again: where the destination is reached now, if no longer where it was.
+    pub redirect: Option<Address>,
     /// Bulk channels; 0: pages go on the main channel.
     pub channels: u32,
     /// Compare the digests of RAM before the switchover (while the guest stands still).

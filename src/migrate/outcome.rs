@@ -33,7 +33,8 @@ pub enum Ending {
     NotConverged,
     /// The link, the protocol or the peer failed; the source runs.
     PeerFailed,
-    /// Interrupted where it can be resumed; the guest is held, nothing is lost.
+    /// Interrupted in postcopy: the guest runs at the destination and lacks pages, which the source
+    /// keeps; nothing is lost.
     Resumable,
     /// Both sides hold still: the destination may have run the guest, and cannot say.
     Unknown,
@@ -88,7 +89,7 @@ impl fmt::Display for Ending {
                 "the source has the guest"
             }
             Self::Unsuitable => "the source has the guest, untouched",
-            Self::Resumable => "nobody runs the guest; `vmsend --resume` goes on",
+            Self::Resumable => "the destination has the guest, which lacks pages; `vmsend --resume` goes on",
             Self::Unknown => "nobody runs the guest, and the destination may have: decide with vmctl",
             Self::Lost => "the guest is lost",
         })

@@ -78,18 +78,17 @@ impl Bulk {
         let pages = pass.set.count();
         let mut left = pages;
         let mut cursor = pass.first.then(DataCursor::default);
-        let mut window = 0;
-        while window < total && left > 0 {
-            let end = (window + WINDOW_PAGES).min(total);
+        let mut end = 0;
+        // Windows in which nothing is to be sent are passed over, however much RAM they are.
+        while let Some(next) = pass.set.next_from(PageIndex(end)) {
+            let window = next.0 / WINDOW_PAGES * WINDOW_PAGES;
+            end = (window + WINDOW_PAGES).min(total);
             let runs: Vec<PageRun> = clip(pass.set, window, end).collect();
-            if !runs.is_empty() {
-                if pass.guest_runs {
-                    conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
-                }
-                self.hand_out(pass, &runs, cursor.as_mut(), window..end, &mut left, conductor)?;
-                conductor.tick(pass.number, left)?;
+            if pass.guest_runs {
+                conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
             }
-            window = end;
+            self.hand_out(pass, &runs, cursor.as_mut(), window..end, &mut left, conductor)?;
+            conductor.tick(pass.number, left)?;
         }
         self.queue.seal(pass.number);
         conductor.await_pass(pass.number)?;

@@ -8,9 +8,11 @@ use nix::libc::ESRCH;
 use thiserror::Error;
 
 use crate::memory::PageRun;
+use crate::sys::schedule;
 use crate::transport::{ChannelError, Frame, Receiver};
 use crate::wire::{Message, RunKind, RunTable};
 
+use super::backlog::{Backlog, Place};
 use super::placer::Placer;
 
 /// Where pages go once the machine has been made; `None` when it was not.
@@ -19,12 +21,21 @@ pub type PlacerSlot = Arc<OnceLock<Option<Placer>>>;
 /// What a channel brings.
 #[derive(Debug)]
 pub enum Brought {
-    /// A message.
-    Message(Message),
+    /// A message, with its place among those that wait.
+    Message(Message, Place),
     /// The channel is over, and why.
     Lost(String),
     /// The `vmrun` whose memory pages were to go to is gone.
     HostGone,
+}
+
+/// Whether somebody may be waiting for the pages of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Haste {
+    /// Somebody may.
+    Urgent,
+    /// Nobody does, once the guest runs here: whoever waits has asked on another channel.
+    Bulk,
 }
 
 #[derive(Debug, Error)]
@@ -39,25 +50,34 @@ enum PumpError {
 /// Pages are placed here, without a detour: what reaches the conductor is in order with them.
 pub fn run<E>(
     mut receiver: Receiver,
+    haste: Haste,
     slot: &PlacerSlot,
     events: &EventSender<E>,
     wrap: impl Fn(Brought) -> E,
 ) {
-    let mut buffer = Vec::new();
+    let (mut buffer, mut backlog) = (Vec::new(), Backlog::new());
+    let mut yields = false;
+    if haste == Haste::Urgent {
+        schedule::log_unchanged("who takes urgent pages", schedule::be_prompt());
+    }
     let mut placer = slot.get().and_then(Option::as_ref);
     if let Some(placer) = placer {
         receiver.accept_pages(placer.ram().map().total_pages());
     }
     loop {
+        if !yields && haste == Haste::Bulk && placer.is_some_and(Placer::is_paging) {
+            yields = true;
+            schedule::log_unchanged("who takes background pages", schedule::yield_to_others());
+        }
         let brought = match step(&mut receiver, placer, &mut buffer) {
             Ok(None) => continue,
-            Ok(Some(message)) => Brought::Message(message),
+            Ok(Some(message)) => Brought::Message(message, backlog.place()),
             // Of a process that is ending, its memory goes before its connections.
             Err(PumpError::Place(error)) if error.raw_os_error() == Some(ESRCH) => Brought::HostGone,
             Err(error) => Brought::Lost(error.to_string()),
         };
         let is_last = matches!(brought, Brought::Lost(_) | Brought::HostGone);
-        let is_machine = matches!(brought, Brought::Message(Message::Machine(_)));
+        let is_machine = matches!(brought, Brought::Message(Message::Machine(_), _));
         if events.send(wrap(brought)).is_err() || is_last {
             return;
         }

@@ -2,88 +2,138 @@
 
 use std::time::{Duration, Instant};
 
-use crate::switchover::{SourceInput, SourceStep};
+use crate::switchover::{Attempt, SourceInput, SourceStep};
+use crate::transport::Address;
 use crate::wire::ResumePhase;
 
 use super::handover::{Handover, TICK};
 use super::link::Link;
+use super::options::SendOptions;
 use super::outcome::{Ending, MigrateError, Side};
 use super::postcopy::heard::Heard;
+use super::told::LinkDown;
 
 /// Between two tries to reach the destination: doubled each time from the first to the last.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LAST_BACKOFF: Duration = Duration::from_secs(2);
 /// How long it is tried by default to learn what became of RUN.
-const UNCERTAIN_FOR: Duration = Duration::from_secs(60);
+pub(super) const UNCERTAIN_FOR: Duration = Duration::from_secs(60);
+
+/// Why a try came to nothing.
+enum NotConnected {
+    /// Nobody was reached, or no answer came.
+    Failed(String),
+    /// Whoever answered does not know the guest that ran there.
+    Forgotten(String),
+}
 
 impl Handover<'_, '_> {
     /// Connects anew with the next epoch, again and again, until the destination answers, the
     /// operator's time is over, or it is clear that nobody there can tell.
-    pub(super) fn reconnect(
-        &mut self,
-        mut first: Option<crate::switchover::Attempt>,
-    ) -> Result<(), MigrateError> {
+    pub(super) fn reconnect(&mut self, mut first: Option<Attempt>) -> Result<(), MigrateError> {
         self.waiting_since = Instant::now();
         self.migration.phase = "reconnect";
+        self.migration.moved = self.step == SourceStep::Moved;
+        if self.migration.options.dest == Address::Stdio && first.is_none() {
+            return Err(
+                self.unreachable("standard input and output are one connection, which cannot come again")
+            );
+        }
         let mut backoff = FIRST_BACKOFF;
         loop {
             let attempt = match first.take() {
                 Some(attempt) => attempt,
                 None => self.next_epoch()?,
             };
-            self.migration.attempt = attempt;
-            self.migration.hello.resume = true;
-            let m = &mut *self.migration;
-            let why = match Link::connect(m.options, attempt, &m.hello, &m.events) {
-                // It ran the guest: one who knows nothing of that is not the receiver that has it now,
-                // which may come back (`vmrecv --resume`).
-                Ok((link, ack)) if forgets(self.step, ack.resume_phase) => {
-                    link.cut();
-                    format!(
-                        "whoever listens at {} knows nothing of the guest; where its vmrun lives, `vmrecv --resume` takes it over",
-                        m.options.dest
-                    )
-                }
-                Ok((link, ack)) => {
-                    m.link = Some(link);
-                    m.phase = "switchover";
-                    let total = m.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_pages());
-                    self.heard = Heard::new(ack.fetching, total);
-                    self.done = None;
-                    self.follow_up.extend(phase_input(ack.resume_phase));
-                    return Ok(());
-                }
-                Err(error) => error.cause,
+            let (why, is_elsewhere) = match self.connect_as(attempt) {
+                Ok(()) => return Ok(()),
+                Err(NotConnected::Failed(why)) => (why, false),
+                // A command that leads to somebody else does so each time.
+                Err(NotConnected::Forgotten(why)) => (why, !self.migration.options.dest.takes_many()),
             };
-            if self.waiting_since.elapsed() >= self.patience() {
-                if self.step == SourceStep::Moved {
-                    return Err(self.interrupted(&why));
-                }
-                return Err(MigrateError::new(
-                    Ending::Unknown,
-                    Side::Link,
-                    format!(
-                        "the destination was told to run the guest, or was about to be, and cannot be reached ({why}): \
-                         `vmsend --resume --vm {}` asks it again; if that host is fenced off for good, \
-                         `vmctl {} resume --force --peer-fenced` brings the guest back with nothing lost",
-                        self.migration.options.vm.display(),
-                        self.migration.options.vm.display()
-                    ),
-                ));
+            if is_elsewhere || self.waiting_since.elapsed() >= self.patience() {
+                return Err(self.unreachable(&why));
             }
+            let down = self.migration.link_down.get_or_insert_with(|| LinkDown::now("lost"));
+            down.failed(&why, backoff);
+            self.show();
             self.pause_between_tries(backoff);
             backoff = (backoff * 2).min(LAST_BACKOFF);
         }
     }
 
-    /// How long to try to reach the destination.
-    pub(super) fn patience(&self) -> Duration {
-        let by_default = if self.step == SourceStep::Moved { Duration::MAX } else { UNCERTAIN_FOR };
+    /// One try.
+    fn connect_as(&mut self, attempt: Attempt) -> Result<(), NotConnected> {
+        let m = &mut *self.migration;
+        m.attempt = attempt;
+        m.hello.resume = true;
+        let (link, ack) = Link::connect(m.options, attempt, &m.hello, &m.events)
+            .map_err(|error| NotConnected::Failed(error.cause))?;
+        // It ran the guest: one who knows nothing of that is not the receiver that has it now,
+        // which may come back (`vmrecv --resume`).
+        if forgets(self.step, ack.resume_phase) {
+            link.cut();
+            let what = format!(
+                "whoever listens at {} knows nothing of the guest; where its vmrun lives, `vmrecv --resume` takes it over",
+                m.options.dest
+            );
+            return Err(NotConnected::Forgotten(what));
+        }
+        m.link = Some(link);
+        m.link_down = None;
+        m.phase = "switchover";
+        let total = m.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_pages());
+        self.heard = Heard::new(ack.fetching, total);
+        self.done = None;
+        self.follow_up.extend(phase_input(ack.resume_phase));
+        Ok(())
+    }
+
+    /// How long to try to reach the destination. A command may never lead there again, so that is not
+    /// tried for ever.
+    fn patience(&self) -> Duration {
+        let for_ever = self.step == SourceStep::Moved && self.migration.options.dest.takes_many();
+        let by_default = if for_ever { Duration::MAX } else { UNCERTAIN_FOR };
         self.migration.options.recover_timeout.unwrap_or(by_default)
     }
 
+    /// It was tried for long enough: who has the guest, and how it goes on.
+    fn unreachable(&self, why: &str) -> MigrateError {
+        let SendOptions { vm, dest, .. } = self.migration.options;
+        let vm = vm.display();
+        let again = match dest.takes_many() {
+            true => format!("`vmsend --resume --vm {vm}` goes on"),
+            false => format!(
+                "{dest} may not lead to it again: `vmrecv --resume --control SOCK LISTEN` there, then \
+                 `vmsend --resume --vm {vm} DEST` with that address go on"
+            ),
+        };
+        if self.step == SourceStep::Moved {
+            let lacks = match &self.migration.server {
+                Some(server) => format!("{} of its pages were not sent", server.left()),
+                None => "it lacks pages".to_owned(),
+            };
+            let what = format!(
+                "the guest runs at the destination, which cannot be reached ({why}); {lacks}, and the source keeps them: {again}"
+            );
+            return MigrateError::new(Ending::Resumable, Side::Link, what);
+        }
+        let what = format!(
+            "the destination was told to run the guest, or was about to be, and cannot be reached ({why}): \
+             {again}; if that host is fenced off for good, \
+             `vmctl {vm} resume --force --peer-fenced` brings the guest back with nothing lost"
+        );
+        MigrateError::new(Ending::Unknown, Side::Link, what)
+    }
+
+    /// Says where things stand, for whoever watches.
+    fn show(&mut self) {
+        let left = self.migration.server.as_ref().map_or(0, |s| s.left());
+        self.migration.tick_now(0, left);
+    }
+
     /// Sleeps, but hears the operator.
-    pub(super) fn pause_between_tries(&mut self, backoff: Duration) {
+    fn pause_between_tries(&mut self, backoff: Duration) {
         let until = Instant::now() + backoff;
         while Instant::now() < until {
             std::thread::sleep(TICK.min(until.saturating_duration_since(Instant::now())));
@@ -94,10 +144,10 @@ impl Handover<'_, '_> {
                 );
             }
         }
-        self.migration.tick_now(0, 0);
+        self.show();
     }
 
-    pub(super) fn next_epoch(&mut self) -> Result<crate::switchover::Attempt, MigrateError> {
+    fn next_epoch(&mut self) -> Result<Attempt, MigrateError> {
         let dest = self.migration.options.dest.to_string();
         match self.migration.vm.client.attach(None, &dest) {
             Ok(attached) => Ok(attached.attempt),

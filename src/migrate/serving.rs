@@ -13,6 +13,7 @@ use super::outcome::{Ending, MigrateError, Side, here};
 use super::postcopy::heard::Beginning;
 use super::postcopy::owed::Owed;
 use super::postcopy::server::PageServer;
+use super::told::LinkDown;
 
 impl Handover<'_, '_> {
     /// Whether the guest runs at the destination without all its pages.
@@ -23,14 +24,15 @@ impl Handover<'_, '_> {
     /// Sends what is owed until the destination has said that nothing is missing.
     pub(super) fn serve(&mut self) -> Result<(), MigrateError> {
         self.migration.phase = "postcopy";
+        self.migration.moved = true;
         if !self.heard.is_fetching() {
             self.push()?;
         }
-        let mut shown = Instant::now();
+        let (mut shown, mut has_vmrun) = (Instant::now(), true);
         loop {
             if let Some(done) = self.done.take() {
                 self.migration.latency = done.latency;
-                return Ok(());
+                return self.believe();
             }
             let whole = self.heard.whole();
             if let Some(beginning) =
@@ -40,7 +42,7 @@ impl Handover<'_, '_> {
             }
             let mut lost = None;
             match self.migration.inbox.recv_timeout(TICK) {
-                Ok(Event::Main(epoch, message)) if epoch == self.migration.attempt.epoch => {
+                Ok(Event::Main(epoch, message, _)) if epoch == self.migration.attempt.epoch => {
                     self.hear(message)?
                 }
                 Ok(Event::Lost(epoch, why)) if epoch == self.migration.attempt.epoch => {
@@ -51,7 +53,7 @@ impl Handover<'_, '_> {
             if let Some(why) = lost
                 && !self.come_back(&why)?
             {
-                return Ok(());
+                return self.believe();
             }
             if self.migration.settings.refuse_cancel().is_some() {
                 let text = "too late to cancel: the guest runs at the destination and needs its pages";
@@ -59,6 +61,11 @@ impl Handover<'_, '_> {
             }
             if shown.elapsed() >= TICK * 2 {
                 shown = Instant::now();
+                if std::mem::replace(&mut has_vmrun, self.migration.vm.client.is_alive()) && !has_vmrun {
+                    let text = "the source's vmrun is gone; the guest's memory is still open here, and nowhere else: \
+                                if this vmsend ends too, what has not been sent is lost";
+                    self.migration.observer.note(text);
+                }
                 let left = self.migration.server.as_ref().map_or(0, |s| s.left());
                 self.migration.tick_now(0, left);
                 if let Some(link) = &self.migration.link {
@@ -103,6 +110,7 @@ impl Handover<'_, '_> {
         self.migration
             .observer
             .note(&format!("the connection is lost ({why}); the guest goes on as far as it has its pages"));
+        self.migration.link_down = Some(LinkDown::now(why));
         if let Some(link) = self.migration.link.take() {
             link.cut();
         }
@@ -119,11 +127,34 @@ impl Handover<'_, '_> {
         }
     }
 
+    /// The destination says that nothing is missing: it must not be so, while there are pages that were
+    /// never sent. Whoever says that does not get the guest's last whole copy released.
+    fn believe(&self) -> Result<(), MigrateError> {
+        match self.migration.server.as_ref().map_or(0, |server| server.unsent()) {
+            0 => Ok(()),
+            pages => Err(self.lied("every page", pages)),
+        }
+    }
+
+    fn lied(&self, what: &str, pages: u64) -> MigrateError {
+        let vm = self.migration.options.vm.display();
+        let cause = format!(
+            "the destination says that it has {what}, and {pages} of these were never sent: the source keeps the guest's \
+             memory, and `vmsend --resume --vm {vm}` asks again"
+        );
+        MigrateError::new(Ending::Resumable, Side::Destination, cause)
+    }
+
     /// Opens the channels anew and sends what is missing.
     fn begin_again(&mut self, beginning: Beginning) -> Result<(), MigrateError> {
+        let before = self.migration.server.as_ref().map(|s| s.owed_now());
+        match before.as_ref().map_or(0, |before| before.unsent_of(&beginning.received)) {
+            0 => {}
+            pages => return Err(self.lied("pages", pages)),
+        }
         let m = &mut *self.migration;
         let Some(bulk) = m.bulk.clone() else { return Err(here("the guest's RAM is not at hand")) };
-        let owed = Owed::anew(&beginning.received, m.server.as_ref().map(|s| s.owed_now()));
+        let owed = Owed::anew(&beginning.received, before);
         m.observer.note(&format!("going on: {} pages are missing", owed.left()));
         m.postcopy_pages.get_or_insert(owed.left());
         let server = Arc::new(PageServer::new(owed));
@@ -137,18 +168,5 @@ impl Handover<'_, '_> {
         link.serve(&server, &bulk);
         let _ = link.answer(&beginning.requests);
         self.push()
-    }
-
-    /// The operator's time for reconnecting is over.
-    pub(super) fn interrupted(&self, why: &str) -> MigrateError {
-        MigrateError::new(
-            Ending::Resumable,
-            Side::Link,
-            format!(
-                "the guest runs at the destination, which cannot be reached ({why}) and lacks pages: \
-                 `vmsend --resume --vm {}` goes on",
-                self.migration.options.vm.display()
-            ),
-        )
     }
 }

@@ -10,13 +10,12 @@ use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as Eve
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::control::mover::MoverProgress;
-use crate::memory::{PAGE_BYTES, PageRun, PageSet};
+use crate::memory::{PageRun, PageSet};
 use crate::switchover::Attempt;
 use crate::wire::{self, Message};
 
 use super::bulk::Views;
-use super::convergence::{Decision, Mode, PassReport, decide, expected_downtime};
+use super::convergence::{Decision, Mode, PassReport, decide};
 use super::link::{Event, Link};
 use super::options::SendOptions;
 use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
@@ -25,13 +24,14 @@ use super::precopy::{Bulk, Conductor, Pass};
 use super::report::Observer;
 use super::settings::{Settings, Stop};
 use super::source_vm::SourceVm;
+use super::told::LinkDown;
 
 /// How often progress is shown.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Chunks that wait for a channel: enough to keep them busy, few enough to stop at once.
 const QUEUE_CHUNKS_PER_CHANNEL: usize = 4;
 /// What the switchover is expected to cost beside the last pass, before it was ever measured.
-const FIXED_COST: Duration = Duration::from_millis(5);
+pub(super) const FIXED_COST: Duration = Duration::from_millis(5);
 
 /// How the guest is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,10 @@ pub struct Migration<'a> {
     pub(super) history: Vec<PassReport>,
     pub(super) phase: &'static str,
     pub(super) paused: bool,
+    /// The destination is known to have run the guest.
+    pub(super) moved: bool,
+    /// Since the connection was lost, until it stands again.
+    pub(super) link_down: Option<LinkDown>,
     pub(super) downtime: Downtime,
     pub(super) digest: Option<String>,
     /// Postcopy: what is owed to the guest that runs at the destination.
@@ -72,13 +76,16 @@ pub struct Migration<'a> {
     pub(super) postcopy_pages: Option<u64>,
     pub(super) latency: Option<serde_json::Value>,
     may_postcopy: bool,
-    /// Postcopy at once: the pages that had memory just before the pause.
-    pub(super) resident: Option<PageSet>,
+    /// Pages that are known to be lacking at the destination: taken from the dirty log and not sent since;
+    /// postcopy at once: those that had memory just before the pause.
+    pub(super) unsent: Option<PageSet>,
+    /// Postcopy: the pages that the destination has been told to be missing.
+    pub(super) named: Option<PageSet>,
     /// The pages that the last pass had to send: what was dirtied during the one before it.
     pub(super) last_set: Option<PageSet>,
     pub(super) hashing: Option<JoinHandle<std::io::Result<String>>>,
-    last_progress: Instant,
-    pass_started: (Instant, u64),
+    pub(super) last_progress: Instant,
+    pub(super) pass_started: (Instant, u64),
 }
 
 /// Moves the guest. `events` of signals may be sent into the migration by the caller.
@@ -143,13 +150,16 @@ impl<'a> Migration<'a> {
             history: Vec::new(),
             phase: "connect",
             paused: false,
+            moved: false,
+            link_down: None,
             downtime: Downtime::default(),
             digest: None,
             server: None,
             postcopy_pages: None,
             latency: None,
             may_postcopy: false,
-            resident: None,
+            unsent: None,
+            named: None,
             last_set: None,
             hashing: None,
             last_progress: Instant::now(),
@@ -207,8 +217,13 @@ impl<'a> Migration<'a> {
             self.tick_now(number, set.count());
             match decide(&self.history, self.started.elapsed(), FIXED_COST, &self.settings.policy()) {
                 Decision::Continue => {}
-                Decision::SwitchOver => return Ok(Finish::LastPass { number: number + 1 }),
+                Decision::SwitchOver => {
+                    self.unsent = Some(set);
+                    return Ok(Finish::LastPass { number: number + 1 });
+                }
                 Decision::PostcopyNow if self.may_postcopy => {
+                    self.name_missing(&set);
+                    self.unsent = Some(set);
                     return Ok(Finish::Postcopy { after_pass: number });
                 }
                 Decision::PostcopyNow => return Err(here("the destination cannot do postcopy")),
@@ -279,7 +294,7 @@ impl<'a> Migration<'a> {
     /// A message for the conductor; what ends the attempt is an error.
     fn sort(&mut self, event: Event) -> Result<Option<Message>, MigrateError> {
         match event {
-            Event::Main(epoch, message) if epoch == self.attempt.epoch => match message {
+            Event::Main(epoch, message, _) if epoch == self.attempt.epoch => match message {
                 Message::Abort(abort) => {
                     Err(MigrateError::new(Ending::PeerFailed, Side::Destination, abort.reason))
                 }
@@ -310,31 +325,6 @@ impl<'a> Migration<'a> {
             return Err(here("the source vmrun is gone: its guest has ended, or it was killed"));
         }
         Ok(())
-    }
-
-    /// Shows where things stand.
-    pub(super) fn tick_now(&mut self, pass: u32, left_pages: u64) {
-        self.last_progress = Instant::now();
-        let counters = self.bulk.as_ref().map(|b| b.counters.get()).unwrap_or_default();
-        let seconds = self.pass_started.0.elapsed().as_secs_f64().max(1e-3);
-        let bandwidth = (counters.0 - self.pass_started.1) as f64 * PAGE_BYTES as f64 / seconds;
-        let last = self.history.last();
-        let dirty_rate =
-            last.map(|p| p.dirty_after_pages as f64 * PAGE_BYTES as f64 / p.elapsed.as_secs_f64());
-        let progress = MoverProgress {
-            phase: self.phase.to_owned(),
-            dest: self.options.dest.to_string(),
-            pass,
-            sent_bytes: counters.0 * PAGE_BYTES,
-            left_bytes: left_pages * PAGE_BYTES,
-            dirty_bytes_per_s: dirty_rate.map(|rate| rate as u64),
-            bandwidth_bytes_per_s: (bandwidth > 0.0).then_some(bandwidth as u64),
-            expected_downtime_ms: expected_downtime(&self.history, FIXED_COST).map(|d| d.as_millis() as u64),
-            elapsed_ms: self.started.elapsed().as_millis() as u64,
-            attempt: Some(self.attempt),
-            settings: self.settings.for_control(),
-        };
-        self.observer.progress(&progress);
     }
 
     /// The summary of a migration that has moved the guest.

@@ -9,16 +9,13 @@ use crate::memory::{PageIndex, PageRun, PageSet};
 use crate::wire::{self, Message};
 
 use super::outcome::{MigrateError, here, ms};
-use super::postcopy::owed::Owed;
+use super::postcopy::owed::{Owed, take_ahead};
 use super::postcopy::server::PageServer;
 use super::precopy::{Bulk, Conductor, Pass};
 use super::queue::Chunk;
 use super::ram::DataCursor;
 use super::source::{Finish, Migration};
 use super::source_vm::Export;
-
-/// The most pages that go ahead of the guest in postcopy: what fits one frame.
-const MAX_AHEAD_PAGES: usize = 256;
 
 /// What is left to send when the guest stands still.
 struct Left {
@@ -46,9 +43,10 @@ impl Migration<'_> {
         let Export { state, first_touched } = self.vm.export().map_err(here)?;
         self.downtime.export_ms = lap();
         // Saving may itself have dirtied pages: the last take comes after it (D1).
-        let Left { mut pages, hot } = self.left(&bulk)?;
+        let Left { mut pages, mut hot } = self.left(&bulk, &finish)?;
         self.say(&Message::State(state));
         let postcopy = matches!(finish, Finish::Postcopy { .. });
+        let mut ahead = Vec::new();
         match finish {
             Finish::LastPass { number } => {
                 self.last_pass(number, &pages, &bulk)?;
@@ -57,14 +55,25 @@ impl Migration<'_> {
                 self.downtime.verify_ms = lap();
             }
             Finish::Postcopy { .. } => {
-                self.send_ahead(&first_touched, &mut pages, &bulk)?;
+                self.name_missing(&pages);
+                hot.intersect(&pages);
+                ahead = take_ahead(&first_touched, &hot, &mut pages);
+                self.send_ahead(&ahead, &bulk)?;
                 self.owe(pages, hot, &bulk);
                 self.downtime.last_pass_ms = lap();
             }
         }
         let (pages, zero_pages) = bulk.counters.get();
         let (passes, digest) = (self.history.len() as u32 + u32::from(!postcopy), self.digest.clone());
-        self.say(&Message::End(wire::End { passes, pages, zero_pages, digest, stays_paused, postcopy }));
+        self.say(&Message::End(wire::End {
+            passes,
+            pages,
+            zero_pages,
+            digest,
+            stays_paused,
+            postcopy,
+            ahead: ahead.iter().map(|page| page.0).collect(),
+        }));
         Ok(())
     }
 
@@ -79,38 +88,48 @@ impl Migration<'_> {
         for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
             set.insert_run(run);
         }
-        self.resident = Some(set);
+        self.name_missing(&set);
+        self.unsent = Some(set);
         Ok(Finish::Postcopy { after_pass: 0 })
     }
 
     /// What the destination has not, or has stale.
-    fn left(&mut self, bulk: &Bulk) -> Result<Left, MigrateError> {
+    fn left(&mut self, bulk: &Bulk, finish: &Finish) -> Result<Left, MigrateError> {
         let total = bulk.views.ram().map().total_pages();
         let dirty = self.vm.dirty_take(total).map_err(here)?;
-        Ok(match (self.resident.take(), self.last_set.take()) {
+        let mut pages = self.unsent.take().unwrap_or_else(|| PageSet::new(total));
+        pages.union(&dirty);
+        let hot = match (finish, self.last_set.take()) {
             // Postcopy at once: what was written to since the look.
-            (Some(mut pages), _) => {
-                pages.union(&dirty);
-                Left { pages, hot: dirty }
-            }
+            (Finish::Postcopy { after_pass: 0 }, _) => dirty,
             // What was written to in two passes in a row.
-            (None, Some(hot)) => Left { pages: dirty, hot },
-            (None, None) => Left { pages: dirty, hot: PageSet::new(total) },
-        })
+            (_, Some(hot)) => hot,
+            (_, None) => PageSet::new(total),
+        };
+        Ok(Left { pages, hot })
     }
 
-    /// Sends those of the pages that are touched first which the destination lacks, in order with END:
-    /// when it imports the state, nobody waits for them.
-    fn send_ahead(&mut self, first: &[u64], left: &mut PageSet, bulk: &Bulk) -> Result<(), MigrateError> {
-        let mut chunk = Chunk::default();
-        for page in first.iter().map(|page| PageIndex(*page)) {
-            if chunk.pages.len() < MAX_AHEAD_PAGES && left.contains(page) {
-                left.remove(page);
-                chunk.pages.push(PageRun { first: page, pages: 1 });
+    /// Names `pages` as missing at the destination, as far as that was not done before: most of them
+    /// while the guest still runs, and only the rest while it stands still.
+    pub(super) fn name_missing(&mut self, pages: &PageSet) {
+        let mut new = pages.clone();
+        if let Some(named) = &self.named {
+            new.subtract(named);
+        }
+        let first = self.named.replace(pages.clone()).is_none();
+        if first || !new.is_empty() {
+            for part in wire::PageBitmap::sparse_parts(new.words()) {
+                self.say(&Message::Missing(part));
             }
         }
+    }
+
+    /// Sends what the guest touches first, in order with END: when the state is imported, nobody waits
+    /// for it.
+    fn send_ahead(&self, ahead: &[PageIndex], bulk: &Bulk) -> Result<(), MigrateError> {
+        let pages = ahead.iter().map(|first| PageRun { first: *first, pages: 1 }).collect();
         match &self.link {
-            Some(link) => link.send_on_main(&chunk, bulk),
+            Some(link) => link.send_on_main(&Chunk { pages, zero: vec![] }, bulk),
             None => Ok(()),
         }
     }
@@ -133,11 +152,8 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// Says which pages come later, and answers requests for them from here on.
+    /// From here on answers requests for the pages that come later.
     fn owe(&mut self, left: PageSet, hot: PageSet, bulk: &Bulk) {
-        for part in wire::PageBitmap::parts(left.words()) {
-            self.say(&Message::Missing(part));
-        }
         // The workers of the passes are done; the background push comes after RUNNING.
         bulk.queue.stop();
         let owed = Owed::new(left, hot);

@@ -41,7 +41,7 @@ pub struct PitState {
 pub struct ClockState {
     /// kvmclock in nanoseconds.
     pub kvmclock_ns: u64,
-    /// The host's CLOCK_REALTIME in nanoseconds since 1970, with KVM_CLOCK_REALTIME.
+    /// The host's CLOCK_REALTIME in nanoseconds since 1970; none where KVM_SET_CLOCK does not take it.
     pub realtime_ns: Option<u64>,
     /// The host's TSC in ticks, with KVM_CLOCK_HOST_TSC.
     pub host_tsc: Option<u64>,

@@ -20,6 +20,7 @@ pub use machine::{CpuidEntry, DeviceDescription, MachineDescription, Problem, Ts
 pub use section::{MAX_STATE_BYTES, Section, SectionError, SectionKind, read_sections, write_sections};
 pub use vcpu::{MsrValue, SpecialRegisters, VCPU_VERSION, VcpuState};
 pub use virtio::{
-    VIRTIO_BLOCK_VERSION, VIRTIO_NET_VERSION, VIRTIO_RNG_VERSION, VirtioBlockState, VirtioNetState,
-    VirtioQueueState, VirtioRngState, VirtioState, VirtioTransportState,
+    SocketFile, VIRTIO_BLOCK_VERSION, VIRTIO_NET_VERSION, VIRTIO_RNG_VERSION, VIRTIO_VSOCK_VERSION,
+    VirtioBlockState, VirtioNetState, VirtioQueueState, VirtioRngState, VirtioState, VirtioTransportState,
+    VirtioVsockState,
 };

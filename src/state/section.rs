@@ -42,6 +42,8 @@ pub enum SectionKind {
     VirtioNet = 33,
     /// A virtio source of random numbers.
     VirtioRng = 36,
+    /// Sockets between host and guest.
+    VirtioVsock = 51,
 }
 
 impl SectionKind {
@@ -55,6 +57,7 @@ impl SectionKind {
             34 => Self::VirtioBlock,
             33 => Self::VirtioNet,
             36 => Self::VirtioRng,
+            51 => Self::VirtioVsock,
             _ => return None,
         })
     }
@@ -71,6 +74,7 @@ impl fmt::Display for SectionKind {
             Self::VirtioBlock => "virtio-block",
             Self::VirtioNet => "virtio-net",
             Self::VirtioRng => "virtio-rng",
+            Self::VirtioVsock => "virtio-vsock",
         })
     }
 }

@@ -11,6 +11,8 @@ pub const VIRTIO_BLOCK_VERSION: u32 = 1;
 pub const VIRTIO_NET_VERSION: u32 = 1;
 /// The version of [`VirtioState`] with [`VirtioRngState`] that is written.
 pub const VIRTIO_RNG_VERSION: u32 = 1;
+/// The version of [`VirtioState`] with [`VirtioVsockState`] that is written.
+pub const VIRTIO_VSOCK_VERSION: u32 = 1;
 
 /// One device (section kinds `virtio-…`; the instance is its slot).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,3 +86,24 @@ pub struct VirtioNetState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VirtioRngState {}
+
+/// Sockets between host and guest. The guest's context id is in the machine's description; streams are
+/// not moved, but reset.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioVsockState {
+    /// The source's socket: a destination on the same host and path knows it from a stranger's.
+    pub socket: Option<SocketFile>,
+}
+
+/// Which file a socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SocketFile {
+    /// The file system's device.
+    pub device: u64,
+    /// Its number there.
+    pub inode: u64,
+    /// When it was made, in ns since 1970.
+    pub made_ns: i64,
+}

@@ -7,10 +7,12 @@ use super::{
 };
 
 mod explore;
+mod next;
 
-const SESSION: SessionId = SessionId([7; 16]);
-/// How often the link may be lost in one history.
-const MAX_EPOCH: u32 = 4;
+/// The sessions of one history: when the guest stays, it may be sent once more.
+const SESSIONS: [SessionId; 2] = [SessionId([7; 16]), SessionId([8; 16])];
+/// How often the link may be lost in the first session, and in the second.
+const MAX_EPOCH: [u32; 2] = [4, 2];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Msg {
@@ -29,21 +31,26 @@ struct World {
     source_step: SourceStep,
     dest: Ownership,
     dest_step: DestStep,
-    /// The epoch of the connection as each side has it; `None` when it knows that it is gone.
-    source_link: Option<u32>,
-    dest_link: Option<u32>,
-    to_dest: Vec<(u32, Msg)>,
-    to_source: Vec<(u32, Msg)>,
+    /// The connection as each side has it; `None` when it knows that it is gone.
+    source_link: Option<Attempt>,
+    dest_link: Option<Attempt>,
+    to_dest: Vec<(Attempt, Msg)>,
+    to_source: Vec<(Attempt, Msg)>,
+    /// A word to the destination of a connection that was lost: it may still come.
+    late: Option<(Attempt, Msg)>,
     cancelled: bool,
     wanted_back: bool,
     /// Whether each `vmrun` lives; with it goes its copy of the guest.
     source_lives: bool,
     dest_lives: bool,
-    /// RUN was said, and the destination was let run at some time.
+    /// Of the session under way: RUN was said, it was heard, and the destination was let run.
     run_said: bool,
+    run_heard: bool,
     dest_ran: bool,
-    /// The source was told REVOKED, or an operator has given both words.
+    /// The source was told REVOKED, or an operator has given both words at the source.
     given_back: bool,
+    /// An operator has given both words at the destination.
+    forced: bool,
     /// The first rule that a step has broken.
     broken: Option<&'static str>,
 }
@@ -53,9 +60,9 @@ struct World {
 enum Operator {
     /// Nothing.
     Absent,
-    /// Ends the destination's `vmrun` for good, and only then says --force --peer-fenced.
+    /// Ends one side's `vmrun` for good, and only then says --force --peer-fenced at the other.
     Fences,
-    /// Says --force --peer-fenced of a destination that is not fenced.
+    /// Says --force --peer-fenced of a side that is not fenced.
     Lies,
 }
 
@@ -79,46 +86,54 @@ enum Mutant {
     ReleaseBeforeRunning,
     /// A receiver that was started anew does not ask its vmrun whether the guest runs.
     ForgetsRunning,
+    /// What comes of another session, or of an older connection, is taken.
+    StaleTaken,
+    /// READY that comes again while the fence is being recorded ends the migration.
+    RepeatGivesUp,
+    /// A receiver knows nothing of the guest that its vmrun holds acknowledged, when the source comes back.
+    ForgetsPromise,
+    /// The source does not connect anew when the link is lost after the fence.
+    NeverReconnects,
 }
 
-/// Takes what may happen, and adds the world that follows.
-type Branch<'a> = &'a mut dyn FnMut(&dyn Fn(&mut World));
-
 fn start() -> World {
-    let attempt = Attempt { session: SESSION, epoch: 1 };
+    let attempt = Attempt { session: SESSIONS[0], epoch: 1 };
     let (mut source, mut dest) = (Ownership::booted(), Ownership::empty());
-    source.attach(SESSION).unwrap();
+    source.attach(SESSIONS[0]).unwrap();
     dest.prepare(attempt).unwrap();
     World {
         source,
         source_step: SourceStep::AwaitReady,
         dest,
         dest_step: DestStep::Loading,
-        source_link: Some(1),
-        dest_link: Some(1),
+        source_link: Some(attempt),
+        dest_link: Some(attempt),
         to_dest: vec![],
         to_source: vec![],
+        late: None,
         cancelled: false,
         wanted_back: false,
         source_lives: true,
         dest_lives: true,
         run_said: false,
+        run_heard: false,
         dest_ran: false,
         given_back: false,
+        forced: false,
         broken: None,
     }
 }
 
 impl World {
     fn say_to_dest(&mut self, msg: Msg) {
-        if let Some(epoch) = self.source_link {
-            self.to_dest.push((epoch, msg));
+        if let Some(attempt) = self.source_link {
+            self.to_dest.push((attempt, msg));
         }
     }
 
     fn say_to_source(&mut self, msg: Msg) {
-        if let Some(epoch) = self.dest_link {
-            self.to_source.push((epoch, msg));
+        if let Some(attempt) = self.dest_link {
+            self.to_source.push((attempt, msg));
         }
     }
 
@@ -135,11 +150,17 @@ impl World {
             self.source_step = SourceStep::Back;
             return;
         }
+        if mutant == Mutant::RepeatGivesUp && input == SourceInput::Ready && actions.is_empty() {
+            self.source_step = SourceStep::Back;
+        }
         for action in actions {
             match action {
-                SourceAction::Fence if mutant == Mutant::NoFence => {}
-                SourceAction::Fence => self.source.fence(attempt, "b").unwrap(),
+                // vmrun records it or refuses, at a time of its own.
+                SourceAction::Fence => {}
                 SourceAction::SendRun => {
+                    if step == SourceStep::AwaitRevoked {
+                        self.breaks("S2: RUN is said of a guest that is wanted back");
+                    }
                     if !matches!(self.source, Ownership::Committed { .. }) {
                         self.breaks("S3: RUN is said before the commitment is recorded");
                     }
@@ -152,7 +173,6 @@ impl World {
                 SourceAction::SendRevoke => self.say_to_dest(Msg::Revoke),
                 SourceAction::SendAbort => self.say_to_dest(Msg::Abort),
                 SourceAction::TakeBack => {
-                    self.given_back = true;
                     // Not where a mutant, or the operator's word, has decided already.
                     let taken = self.source.peer_revoked(attempt);
                     assert!(taken.is_ok() || mutant != Mutant::None, "{taken:?}");
@@ -169,10 +189,14 @@ impl World {
         }
     }
 
-    fn dest_input(&mut self, input: DestInput) {
-        let (step, actions) = self.dest_step.on(input);
+    fn dest_input(&mut self, input: DestInput, mutant: Mutant) {
+        let before = (self.dest_step, self.dest.clone());
         let attempt = self.dest.attempt().unwrap();
-        let held = matches!(self.dest, Ownership::InDoubt { .. });
+        let taken = match input {
+            DestInput::LinkLost if mutant == Mutant::DropsOnLoss => DestInput::Abort,
+            other => other,
+        };
+        let (step, actions) = self.dest_step.on(taken);
         self.dest_step = step;
         for action in actions {
             match action {
@@ -182,16 +206,36 @@ impl World {
                     self.dest.run(attempt).unwrap();
                     self.dest_ran = true;
                 }
-                DestAction::SendRunning => self.say_to_source(Msg::Running),
-                DestAction::GiveUp => self.dest.give_up(attempt).unwrap(),
-                DestAction::SendRevoked => self.say_to_source(Msg::Revoked),
+                DestAction::SendRunning => {
+                    if !self.dest.may_run() {
+                        self.breaks("S3: RUNNING is said before the ownership is recorded");
+                    }
+                    self.say_to_source(Msg::Running);
+                }
+                DestAction::GiveUp => {
+                    if self.dest.give_up(attempt).is_err() {
+                        // What follows is not done: the receiver ends, and the next one asks vmrun.
+                        self.receiver_starts_anew(mutant);
+                        break;
+                    }
+                }
+                DestAction::SendRevoked => {
+                    if self.dest_lives && !matches!(self.dest, Ownership::Empty { .. }) {
+                        self.breaks("S2: REVOKED is said of a guest that was not given up");
+                    }
+                    self.say_to_source(Msg::Revoked);
+                }
                 DestAction::SendAbort => self.say_to_source(Msg::Abort),
                 DestAction::AwaitReconnect => {}
             }
         }
         let word = matches!(input, DestInput::Run | DestInput::Revoke | DestInput::Abort);
-        if held && !word && !matches!(self.dest, Ownership::InDoubt { .. }) {
-            self.breaks("S4: the destination has decided without the source's word");
+        let holds = |step, dest: &Ownership| (step, matches!(dest, Ownership::InDoubt { .. }));
+        if !word && holds(before.0, &before.1) == (DestStep::InDoubt, true) {
+            let now = holds(self.dest_step, &self.dest);
+            if now != (DestStep::InDoubt, true) && input != DestInput::GuestGone {
+                self.breaks("S4: the destination has decided without the source's word");
+            }
         }
     }
 
@@ -211,215 +255,16 @@ impl World {
         let (source, dest) = (self.source_runs(), self.dest_runs());
         let released = matches!(self.source, Ownership::Released { .. });
         let rules = [
-            (dest && !self.run_said, "S1: the destination runs without RUN"),
+            (dest && !self.run_heard && !self.forced, "S1: the destination runs without RUN for its session"),
             (source && self.run_said && !self.given_back, "S2: the source runs after RUN was said"),
-            (released && !self.dest_ran, "S5: the source has let go before the destination ran"),
+            (
+                released && !self.dest_ran && !self.forced,
+                "S5: the source has let go before the destination ran",
+            ),
             // Last, so that the rule that led here is named.
             (source && dest, "two copies may run"),
         ];
         self.broken.or_else(|| rules.iter().find(|(broken, _)| *broken).map(|(_, rule)| *rule))
-    }
-
-    /// Every world that may follow.
-    fn successors(&self, mutant: Mutant, operator: Operator) -> Vec<World> {
-        let mut next = Vec::new();
-        let mut branch = |change: &dyn Fn(&mut World)| {
-            let mut world = self.clone();
-            change(&mut world);
-            if world != *self {
-                next.push(world);
-            }
-        };
-        // Deliver the next message of either direction, or a duplicate of it.
-        for keep in [false, true] {
-            if let Some(&(epoch, msg)) = self.to_dest.first() {
-                branch(&|w| {
-                    if !keep {
-                        w.to_dest.remove(0);
-                    }
-                    if w.dest_link == Some(epoch) {
-                        w.dest_input(match msg {
-                            Msg::Run => DestInput::Run,
-                            Msg::Revoke => DestInput::Revoke,
-                            _ => DestInput::Abort,
-                        });
-                    }
-                });
-            }
-            if let Some(&(epoch, msg)) = self.to_source.first() {
-                branch(&|w| {
-                    if !keep {
-                        w.to_source.remove(0);
-                    }
-                    if w.source_link == Some(epoch) {
-                        w.source_input(
-                            match msg {
-                                Msg::Ready => SourceInput::Ready,
-                                Msg::Running => SourceInput::Running,
-                                Msg::Revoked => SourceInput::Revoked,
-                                _ => SourceInput::PeerAborted,
-                            },
-                            mutant,
-                        );
-                    }
-                });
-            }
-        }
-        // The link dies; either side notices when it does.
-        if self.source_link.is_some() {
-            branch(&|w| {
-                w.to_dest.clear();
-                w.source_link = None;
-                w.source_input(SourceInput::LinkLost, mutant);
-            });
-        }
-        if self.dest_link.is_some() {
-            branch(&|w| {
-                w.to_source.clear();
-                w.dest_link = None;
-                if mutant == Mutant::DropsOnLoss && w.dest_step == DestStep::InDoubt {
-                    w.dest_input(DestInput::Abort);
-                    w.breaks("S4: the destination has decided without the source's word");
-                }
-                w.dest_input(DestInput::LinkLost);
-            });
-        }
-        self.reconnections(&mut branch, mutant);
-        self.local_events(&mut branch, mutant);
-        self.deaths_and_words(&mut branch, mutant, operator);
-        next.retain(|w| w.to_dest.len() <= 3 && w.to_source.len() <= 3);
-        next
-    }
-
-    /// The sender (or one started anew with --resume) connects with the next epoch.
-    fn reconnections(&self, branch: Branch<'_>, mutant: Mutant) {
-        let epoch = self.source.attempt().map_or(0, |a| a.epoch);
-        let lives = self.source_lives && self.dest_lives;
-        if !lives || self.source_link.is_some() || epoch >= MAX_EPOCH || self.source_step.is_over() {
-            return;
-        }
-        branch(&|w| {
-            let Ok(attempt) = w.source.reattach() else { return };
-            // The receiver takes the new connection for the old one and answers with its phase.
-            if w.dest_link.take().is_some() {
-                w.dest_input(DestInput::LinkLost);
-            }
-            w.to_source.clear();
-            if w.dest.renew(attempt).is_err() {
-                return;
-            }
-            w.source_link = Some(attempt.epoch);
-            w.dest_link = Some(attempt.epoch);
-            w.dest_input(DestInput::Reconnected);
-            let phase = match w.dest_step {
-                DestStep::InDoubt => SourceInput::PeerInDoubt,
-                DestStep::Running => SourceInput::Running,
-                DestStep::Refused => SourceInput::Revoked,
-                DestStep::Loading => SourceInput::PeerForgot,
-            };
-            w.source_input(phase, mutant);
-        });
-    }
-
-    /// What happens on one host alone.
-    fn local_events(&self, branch: Branch<'_>, mutant: Mutant) {
-        if self.source_step == SourceStep::Fencing && self.source_lives {
-            branch(&|w| w.source_input(SourceInput::Fenced, mutant));
-            if self.source.may_run() {
-                branch(&|w| w.source_input(SourceInput::FenceRefused, mutant));
-            }
-        }
-        if mutant == Mutant::AckBeforeSync && self.dest_step == DestStep::Loading {
-            branch(&|w| w.say_ready());
-        }
-        if self.dest_step == DestStep::Loading && self.dest_lives {
-            branch(&|w| w.dest_input(DestInput::Loaded));
-            branch(&|w| w.dest_input(DestInput::LoadFailed));
-        }
-        if mutant == Mutant::RunOnTimeout && self.dest_step == DestStep::InDoubt {
-            branch(&|w| w.dest_input(DestInput::Run));
-        }
-        if !self.cancelled {
-            branch(&|w| {
-                w.cancelled = true;
-                w.source_input(SourceInput::Cancel, mutant);
-            });
-        }
-        if !self.wanted_back {
-            branch(&|w| {
-                w.wanted_back = true;
-                w.source_input(SourceInput::WantBack, mutant);
-            });
-        }
-        // vmsend dies: before the fence vmrun resumes by itself; after it, --resume starts here.
-        branch(&|w| {
-            w.source_link = None;
-            w.to_dest.clear();
-            w.source_step = match w.source {
-                Ownership::Sole { .. } => SourceStep::Back,
-                Ownership::Committed { .. } => SourceStep::AwaitRunning,
-                _ => SourceStep::Moved,
-            };
-        });
-        // vmrecv dies: before the promise vmrun drops the guest; after it, --resume starts here.
-        branch(&|w| {
-            w.dest_link = None;
-            w.to_source.clear();
-            w.dest_step = match w.dest {
-                Ownership::Loading { attempt } => {
-                    w.dest.give_up(attempt).unwrap();
-                    DestStep::Refused
-                }
-                Ownership::InDoubt { .. } => DestStep::InDoubt,
-                Ownership::Sole { .. } if mutant != Mutant::ForgetsRunning => DestStep::Running,
-                _ => DestStep::Refused,
-            };
-        });
-    }
-
-    /// A `vmrun` dies with its copy of the guest; an operator has the last word.
-    fn deaths_and_words(&self, branch: Branch<'_>, mutant: Mutant, operator: Operator) {
-        if self.source_lives && mutant == Mutant::None {
-            branch(&|w| {
-                w.source_lives = false;
-                // A sender that has said RUN goes on without it; any other ends.
-                if !matches!(w.source, Ownership::Committed { .. }) {
-                    w.source_link = None;
-                }
-            });
-        }
-        if self.dest_lives && (mutant == Mutant::None || operator == Operator::Fences) {
-            branch(&|w| {
-                w.dest_lives = false;
-                if w.dest_step != DestStep::Running {
-                    // Not a decision: there is nothing left that could run.
-                    let (step, _) = w.dest_step.on(DestInput::GuestGone);
-                    if w.dest_step == DestStep::InDoubt {
-                        w.say_to_source(Msg::Revoked);
-                    }
-                    w.dest_step = step;
-                }
-            });
-        }
-        let committed = matches!(self.source, Ownership::Committed { .. });
-        let word = OperatorWord { force: true, peer_fenced: true };
-        let fenced = operator == Operator::Lies || operator == Operator::Fences && !self.dest_lives;
-        if committed && fenced {
-            branch(&|w| {
-                w.source.resume(word).unwrap();
-                w.given_back = true;
-                w.source_step = SourceStep::Back;
-            });
-        }
-        if committed {
-            branch(&|w| {
-                // The wish alone is refused, and changes nothing.
-                let refused = w.source.resume(OperatorWord { force: true, peer_fenced: false }).is_err();
-                if mutant == Mutant::ResumeAfterFence && refused {
-                    w.source.resume(word).unwrap();
-                }
-            });
-        }
     }
 
     /// A source that has resumed runs; one that is merely paused may not count as a runner yet, but

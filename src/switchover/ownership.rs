@@ -176,6 +176,14 @@ impl Ownership {
         }
     }
 
+    /// The destination of a committed guest is reached at another address from now on. Where nothing is
+    /// committed nothing changes.
+    pub fn redirect(&mut self, now_at: &str) {
+        if let Self::Committed { dest, .. } = self {
+            now_at.clone_into(dest);
+        }
+    }
+
     /// Fences this copy: from here on it does not run (S2, S3). A repeat changes nothing.
     pub fn fence(&mut self, attempt: Attempt, dest: &str) -> Result<(), Refusal> {
         match self {

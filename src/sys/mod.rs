@@ -10,6 +10,8 @@ pub mod kvm_ext;
 pub mod memfd;
 pub mod pod;
 pub mod sandbox;
+pub mod schedule;
+pub mod socket_file;
 pub mod spawn;
 pub mod tap;
 pub mod uffd;

@@ -110,12 +110,17 @@ fn connect_one(address: SocketAddr, until: Instant, cancel: &CancelToken) -> Res
     }
 }
 
-/// Nothing waits for more to send; a peer that takes or answers nothing is given up after
-/// `peer_timeout`; an idle connection is probed. Buffers are left to the kernel's own tuning,
+/// What waits in the kernel of a channel. Without a limit it would be megabytes, and a page in it that a guest
+/// comes to need would be sent a second time.
+const UNSENT_BYTES: u32 = 128 << 10;
+
+/// Nothing waits for more to send; no more waits to be sent than [`UNSENT_BYTES`]; a peer that takes or
+/// answers nothing is given up after `peer_timeout`; an idle connection is probed. Buffers are left to the kernel's own tuning,
 /// which a set size would switch off (docs/protocol.md has the measurement).
 fn tune(socket: &Socket, peer_timeout: Duration) -> std::io::Result<()> {
     let probe = (peer_timeout / 4).max(Duration::from_secs(1));
     socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
     socket.set_tcp_user_timeout(Some(peer_timeout))?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(4))
 }

@@ -8,13 +8,14 @@
 //! write-protected again, and its bit cleared, by [`DirtyLog::clear`] just before its content is
 //! read: what the guest writes between the take and the clear is then sent once, not twice. Only
 //! pages of the last take are cleared, so `clear` may be given a whole stretch of RAM: a bit that
-//! the mover has not seen yet is never lost. A page that is not cleared stays in the next take.
+//! the mover has not seen yet is never lost. A page that is not cleared stays in the next take,
+//! whichever source it came from: a mover may take, and stop the guest instead of sending that.
 //!
 //! With INITIALLY_SET the log begins with every page set and write-protects nothing at the start,
 //! which for large RAM is a long hold of the MMU lock. So [`DirtyLog::start`] counts every page as
 //! taken: the first pass, which sends everything, clears each stretch before it reads it, and the
 //! next take holds only what was written since. (Without manual protection, start protects all
-//! pages, take clears, and clear does nothing: the same calls are right.)
+//! pages, and take clears KVM's log: the same calls are right.)
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -94,12 +95,11 @@ impl DirtyLog {
     /// Where an error is returned, nothing is lost: what was read before it comes with the next take.
     pub fn take(&mut self, vm: &VmFd, ram: &GuestRam, into: &mut [u64]) -> Result<u64, VmmError> {
         let pages = ram.map().total_pages();
-        if self.taken.is_none() {
-            return Err(VmmError::DirtyLog("off"));
-        }
+        let Some(taken) = &self.taken else { return Err(VmmError::DirtyLog("off")) };
         if into.len() != pages.div_ceil(64) as usize {
             return Err(VmmError::DirtyLog("of another size than the bitmap to fill"));
         }
+        self.put_back.union(taken);
         into.copy_from_slice(self.put_back.words());
         self.put_back = PageSet::new(pages);
         ram.take_device_written(into);
@@ -121,9 +121,6 @@ impl DirtyLog {
     /// take (or the start) handed out.
     pub fn clear(&mut self, vm: &VmFd, ram: &GuestRam, run: PageRun) -> Result<(), VmmError> {
         let Some(taken) = &mut self.taken else { return Err(VmmError::DirtyLog("off")) };
-        if self.protect == Protect::Automatic {
-            return Ok(());
-        }
         let end = run.first.0.saturating_add(run.pages).min(taken.capacity());
         let mut at = run.first.0;
         while at < end {
@@ -135,7 +132,7 @@ impl DirtyLog {
             let upto = end.min(slot_end).min(word_first + CLEAR_PAGES);
             let piece = PageRun { first: PageIndex(at), pages: upto - at };
             let words = masked(taken, piece);
-            if words.iter().any(|w| *w != 0) {
+            if self.protect == Protect::Manual && words.iter().any(|w| *w != 0) {
                 let pages = words.len() as u32 * 64;
                 kvm_ext::clear_dirty_log(vm, slot as u32, word_first - slot_first, pages, &words)
                     .map_err(VmmError::kvm("KVM_CLEAR_DIRTY_LOG"))?;

@@ -2,14 +2,12 @@
 
 use std::sync::OnceLock;
 
-use kvm_bindings::{
-    KVM_CAP_ADJUST_CLOCK, KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL, KVM_CAP_XSAVE2, kvm_pit_config,
-};
+use kvm_bindings::{KVM_CAP_SREGS2, KVM_CAP_TSC_CONTROL, KVM_CAP_XSAVE2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::VmmError;
 use super::pool::HugePool;
-use super::x86::{cpuid, msrs};
+use super::x86::{clock, cpuid, msrs};
 use crate::state::CpuidEntry;
 use crate::sys::kvm_ext;
 
@@ -83,8 +81,7 @@ impl HostAbilities {
         };
         add(vm.check_extension_raw(u64::from(KVM_CAP_SREGS2)) > 0, CAP_SREGS2);
         add(kvm_ext::has_tsc_offset(&vcpu), CAP_TSC_OFFSET);
-        // The value is the set of flags that KVM_SET_CLOCK knows: 4 is KVM_CLOCK_REALTIME.
-        add(vm.check_extension_raw(u64::from(KVM_CAP_ADJUST_CLOCK)) & 4 != 0, CAP_CLOCK_REALTIME);
+        add(clock::takes_realtime(&vm), CAP_CLOCK_REALTIME);
         Ok(Self {
             cpuid: table,
             msrs: msrs::probe(kvm, &vcpu)?,

@@ -1,6 +1,7 @@
 //! One microVM: made, driven, saved, restored, ended.
 
-use std::collections::BTreeMap;
+mod opening;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,19 +19,15 @@ use super::host::{self, HostAbilities};
 use super::memory::{self, GuestRam};
 use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, SavedVcpu, VcpuGroup};
-use super::virtio::{Device, HostEnd, Kind, MAX_DEVICES, VirtioSlots};
+use super::virtio::{Kind, VirtioSlots};
 use super::x86::save::VcpuLayout;
 use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
 use super::{Exported, Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
 use crate::memory::{GuestPhysAddr, PageIndex, PageRun, PageSet, RamPages};
-use crate::state::{
-    CLOCK_VERSION, DeviceDescription, IRQCHIP_VERSION, MachineDescription, PIT_VERSION, Problem,
-    SERIAL_VERSION, TscFrequency,
-};
+use crate::state::{MachineDescription, Problem};
+use opening::{Opened, SERIAL_ID, arriving_devices, describe, open_devices};
 
-/// The id of the serial port in descriptions and for `--remap`.
-const SERIAL_ID: &str = "serial0";
 /// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
 
@@ -56,9 +53,6 @@ enum Content {
     /// Booted or imported.
     Guest,
 }
-
-/// Virtio devices with their ids, in the order of their slots.
-type Opened = Vec<(String, Box<dyn Device>)>;
 
 /// What threads of a machine share.
 struct Parts {
@@ -312,6 +306,12 @@ impl Machine {
         self.dirty().stop(&self.parts.vm, &self.parts.ram)
     }
 
+    /// The guest runs elsewhere for good, and this machine stays with its remains: what programs of the
+    /// host have of its devices ends.
+    pub fn let_go(&self) {
+        self.parts.bus.virtio.let_go();
+    }
+
     /// Ends all threads and closes everything. Waits for them for a second at most.
     pub fn stop(&self) {
         self.vcpus.stop();
@@ -377,113 +377,6 @@ fn set_mtrr_default(vcpu: &VcpuFd) {
     if let Ok(msrs) = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]) {
         let _ = vcpu.set_msrs(&msrs);
     }
-}
-
-fn describe(
-    config: &MachineConfig,
-    ram: &GuestRam,
-    host: &HostAbilities,
-    opened: &[(String, Box<dyn Device>)],
-) -> MachineDescription {
-    let device = |id: &str, kind: &str, version, host| DeviceDescription {
-        id: id.into(),
-        kind: kind.into(),
-        version,
-        host,
-        properties: BTreeMap::new(),
-    };
-    let mut devices = vec![
-        device("irqchip0", "irqchip", IRQCHIP_VERSION, None),
-        device("pit0", "pit", PIT_VERSION, None),
-        device("clock0", "clock", CLOCK_VERSION, None),
-        device(SERIAL_ID, "serial", SERIAL_VERSION, Some(config.serial.to_string())),
-    ];
-    devices.extend(config.devices.iter().zip(opened).map(|(config, (_, opened))| {
-        let kind = opened.kind();
-        let host = Some(config.host.to_string());
-        DeviceDescription {
-            properties: opened.properties(),
-            ..device(&config.id, kind.name(), kind.version(), host)
-        }
-    }));
-    MachineDescription {
-        name: config.name.clone(),
-        uuid: config.uuid.clone(),
-        vcpus: config.vcpus,
-        ram: ram.map().clone(),
-        ram_pages: ram.pages(),
-        cpuid: cpuid::for_vcpu(&host.cpuid, 0, config.vcpus),
-        msrs: host.msrs.clone(),
-        capabilities: host.capabilities.clone(),
-        tsc: TscFrequency { khz: host.tsc_khz },
-        xsave_bytes: host.xsave_bytes,
-        devices,
-    }
-}
-
-/// Opens what the devices of a machine to boot are connected to.
-fn open_devices(config: &MachineConfig) -> Result<Opened, VmmError> {
-    let count = config.devices.len();
-    if count > MAX_DEVICES {
-        return Err(VmmError::TooManyDevices { devices: count, max: MAX_DEVICES });
-    }
-    let taken = ["irqchip0", "pit0", "clock0", SERIAL_ID];
-    let mut opened = Opened::new();
-    for device in &config.devices {
-        let fail = |reason: String| VmmError::Device { id: device.id.clone(), reason };
-        if taken.contains(&&*device.id) || opened.iter().any(|(id, _)| *id == device.id) {
-            return Err(fail("another device has that id".into()));
-        }
-        opened
-            .push((device.id.clone(), device.host.open(&device.id, None).map_err(|e| fail(e.to_string()))?));
-    }
-    Ok(opened)
-}
-
-/// Opens what the virtio devices of a machine that comes in are connected to here, and says so in
-/// its description; adds everything that keeps this host from it to `problems`.
-fn arriving_devices(
-    description: &mut MachineDescription,
-    local: &LocalConfig,
-    problems: &mut Vec<Problem>,
-) -> Opened {
-    let mut opened = Vec::new();
-    for device in &mut description.devices {
-        let Some(kind) = Kind::named(&device.kind) else { continue };
-        let mut say = |text: String| {
-            problems.push(Problem { topic: "device".into(), text: format!("device {}: {text}", device.id) });
-        };
-        let theirs = device.host.as_ref();
-        let ours = local.remaps.get(&device.id);
-        let Some(text) = ours.or(theirs.filter(|_| HostEnd::is_for_the_peer_to_say(kind))) else {
-            let theirs = theirs.map_or("something", |text| text);
-            say(format!(
-                "it is connected to {theirs} at the source: --remap {}=VALUE says to what here",
-                device.id
-            ));
-            continue;
-        };
-        let found = HostEnd::parse(kind, text).map_err(|e| e.to_string());
-        match found.and_then(|end| {
-            Ok((end.open(&device.id, Some(&device.properties)).map_err(|e| e.to_string())?, end))
-        }) {
-            Err(reason) => say(reason),
-            Ok((ours, end)) => {
-                let here = ours.properties();
-                let names = device.properties.keys().chain(here.keys());
-                for name in names.collect::<std::collections::BTreeSet<_>>() {
-                    let (there, here) = (device.properties.get(name), here.get(name));
-                    if there != here {
-                        let show = |value: Option<&String>| value.map_or("none", |v| v).to_owned();
-                        say(format!("its {name} is {} at the source, {} here", show(there), show(here)));
-                    }
-                }
-                device.host = Some(end.to_string());
-                opened.push((device.id.clone(), ours));
-            }
-        }
-    }
-    opened
 }
 
 /// The rest of an export, on the thread of the vCPU that was read last.

@@ -13,13 +13,13 @@ mod host;
 mod machine;
 pub mod memory;
 mod notice;
-mod pool;
-mod preflight;
-mod saved;
+pub(crate) mod pool;
+pub(crate) mod preflight;
+pub(crate) mod saved;
 pub mod service;
 mod vcpu;
 pub mod virtio;
-mod x86;
+pub(crate) mod x86;
 
 pub use boot::KernelSource;
 pub use config::{DeviceConfig, LocalConfig, MachineConfig};

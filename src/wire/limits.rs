@@ -22,6 +22,12 @@ pub const MAX_PAGES_PAYLOAD_BYTES: u32 = 16 + MAX_RUNS * 16 + MAX_PAGE_DATA_BYTE
 /// The most words of a bitmap of pages in one frame: 16 GiB of RAM.
 pub const MAX_BITMAP_WORDS: usize = 64 << 10;
 
+/// The words of one part of a bitmap that is mostly empty: 128 MiB of RAM.
+pub const SPARSE_WORDS: usize = 512;
+
+/// The most pages that END may name as sent ahead of the guest.
+pub const MAX_AHEAD_PAGES: usize = 256;
+
 /// The most pages in one PAGE_REQUEST.
 pub const MAX_REQUESTED_PAGES: usize = 4096;
 

@@ -2,7 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::super::{Problem, RefusedCode, ResumePhase, Side};
+use super::super::limits::SPARSE_WORDS;
+use super::super::{FrameType, Problem, RefusedCode, ResumePhase, Side};
 use super::*;
 use crate::switchover::{Attempt, SessionId};
 
@@ -56,6 +57,7 @@ fn all() -> Vec<Message> {
             digest: digest.clone(),
             stays_paused: true,
             postcopy: true,
+            ahead: vec![3, 1 << 40],
         }),
         Message::Missing(PageBitmap { first: 64, words: vec![1, u64::MAX] }),
         Message::PageRequest(vec![7, 1 << 40]),
@@ -153,4 +155,20 @@ proptest! {
         let message = Message::Abort(Abort { side: Side::Source, reason });
         prop_assert_eq!(Message::decode(FrameType::Abort, message.encode().unwrap()), Ok(message));
     }
+}
+
+#[test]
+fn a_bitmap_goes_in_parts_and_what_is_empty_of_a_sparse_one_stays_at_home() {
+    let mut words = vec![0; 3 * SPARSE_WORDS + 1];
+    (words[SPARSE_WORDS + 7], words[3 * SPARSE_WORDS]) = (0b101, 1);
+    let parts: Vec<PageBitmap> = PageBitmap::sparse_parts(&words).collect();
+    let firsts: Vec<u64> = parts.iter().map(|part| part.first / 64).collect();
+    assert_eq!(firsts, [0, SPARSE_WORDS as u64, 3 * SPARSE_WORDS as u64]);
+    // Added to what was there.
+    let mut all = vec![2; words.len()];
+    parts.iter().for_each(|part| part.add_to(FrameType::Missing, &mut all).unwrap());
+    assert!(all.iter().zip(&words).all(|(sum, word)| *sum == word | 2));
+    assert_eq!(PageBitmap::sparse_parts(&[0; 9]).count(), 1);
+    let beyond = PageBitmap { first: 64 * 9, words: vec![1] };
+    assert!(beyond.add_to(FrameType::Missing, &mut [0; 9]).is_err());
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::FrameType;
-use super::limits::MAX_BITMAP_WORDS;
+use super::limits::{MAX_BITMAP_WORDS, SPARSE_WORDS};
 use super::message::{MessageError, words};
 use crate::switchover::Attempt;
 
@@ -182,6 +182,10 @@ pub struct End {
     /// The pages of the MISSING frames come after the guest has begun to run.
     #[serde(default)]
     pub postcopy: bool,
+    /// With `postcopy`: pages that went on the main channel after a MISSING frame that has them, and so
+    /// are missing no more; [`MAX_AHEAD_PAGES`](super::limits::MAX_AHEAD_PAGES) at most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ahead: Vec<u64>,
 }
 
 /// D→S: restored, synchronised, held.
@@ -264,9 +268,32 @@ impl PageBitmap {
             .map(move |(i, part)| Self { first: (i * each * 64) as u64, words: part.to_vec() })
     }
 
+    /// The parts of a bitmap in which a bit is set; one part at least.
+    pub fn sparse_parts(words: &[u64]) -> impl Iterator<Item = Self> + '_ {
+        words.chunks(SPARSE_WORDS).enumerate().filter_map(|(i, part)| {
+            // In the first part there may be none.
+            let part = Self { first: (i * SPARSE_WORDS * 64) as u64, words: part.to_vec() };
+            (i == 0 || part.words.iter().any(|word| *word != 0)).then_some(part)
+        })
+    }
+
+    /// Adds the pages of this part, which came in a frame of `kind`, to the bitmap `into`; an error when
+    /// it does not lie within it.
+    pub fn add_to(&self, kind: FrameType, into: &mut [u64]) -> Result<(), MessageError> {
+        for (word, bits) in self.place_in(kind, into)?.iter_mut().zip(&self.words) {
+            *word |= bits;
+        }
+        Ok(())
+    }
+
     /// Puts this part, which came in a frame of `kind`, into the bitmap `into`; an error when it does
     /// not lie within it.
     pub fn put_into(&self, kind: FrameType, into: &mut [u64]) -> Result<(), MessageError> {
+        self.place_in(kind, into)?.copy_from_slice(&self.words);
+        Ok(())
+    }
+
+    fn place_in<'a>(&self, kind: FrameType, into: &'a mut [u64]) -> Result<&'a mut [u64], MessageError> {
         let outside = || MessageError::Malformed {
             kind,
             cause: format!(
@@ -277,8 +304,7 @@ impl PageBitmap {
         };
         let start = usize::try_from(self.first / 64).map_err(|_| outside())?;
         let end = start.checked_add(self.words.len()).ok_or_else(outside)?;
-        into.get_mut(start..end).ok_or_else(outside)?.copy_from_slice(&self.words);
-        Ok(())
+        into.get_mut(start..end).ok_or_else(outside)
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {

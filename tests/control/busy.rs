@@ -94,6 +94,7 @@ fn a_disk_that_is_slow_at_the_fence_holds_up_no_question_and_no_order_overtakes_
     let (mut answer, line) = pending(&vmrun, r#"{"id":2,"cmd":"resume"}"#);
     assert!(line.contains("pending") && line.contains("session record"), "{line}");
     assert_eq!(vmrun.status().run_state, RunState::Paused);
+    assert!(!fence.is_finished(), "the fence is answered when it is on disk");
     stalled.let_go();
     fence.join().unwrap().unwrap();
     let mut refused = String::new();

@@ -12,7 +12,7 @@ use vmferry::control::{Client, RunState, Status};
 use vmferry::switchover::{Attempt, SessionId};
 
 /// Long enough for any machine; what is waited for comes much sooner.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Whether guests can run here. Says so when not.
 pub fn kvm() -> bool {

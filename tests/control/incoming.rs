@@ -1,6 +1,7 @@
 //! A `vmrun --incoming` from prepare to run, with a real guest carried over by the test itself.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -10,15 +11,15 @@ use vmferry::switchover::{OperatorWord, Ownership};
 use crate::host::{Vmrun, attempt, kvm, session, vmctl};
 
 /// A source that has exported, with its memory and state.
-struct Source {
-    vmrun: Vmrun,
-    mover: Client,
-    ram: Vec<OwnedFd>,
-    state: OwnedFd,
-    bytes: u64,
+pub struct Source {
+    pub vmrun: Vmrun,
+    pub mover: Client,
+    pub ram: Vec<OwnedFd>,
+    pub state: OwnedFd,
+    pub bytes: u64,
 }
 
-fn source() -> Source {
+pub fn source() -> Source {
     let vmrun = Vmrun::heartbeat();
     vmrun.beats();
     let mut mover = vmrun.client();
@@ -30,7 +31,7 @@ fn source() -> Source {
 }
 
 /// Prepares `dest` for session `n` and fills its memory.
-fn load(source: &mut Source, dest: &Vmrun, n: u8) -> Client {
+pub fn load(source: &mut Source, dest: &Vmrun, n: u8) -> Client {
     let mut client = dest.client();
     let machine = source.mover.machine().unwrap();
     let (prepared, ram) = client.prepare(attempt(n, 1), &machine, vec![], false).unwrap();
@@ -70,6 +71,7 @@ fn a_guest_comes_in_and_runs_only_when_it_is_told() {
     drop(client);
     dest.until("the receiver is gone", || !dest.status().mover_attached);
     assert!(matches!(dest.status().ownership, Ownership::InDoubt { .. }), "held without its receiver");
+    assert_eq!(vmctl(&dest, &["quit"]).0, 3);
     let mut again = dest.client();
     again.renew(attempt(1, 2)).unwrap();
     assert_eq!(again.run(a).unwrap_err().code(), Some(FailureCode::Refused), "a stale RUN");
@@ -142,6 +144,10 @@ fn a_state_that_is_none_fails_the_import_and_nothing_else() {
     let a = attempt(1, 1);
     let (pipe, _writer) = std::io::pipe().unwrap();
     assert_eq!(client.import(a, &pipe, 10).unwrap_err().code(), Some(FailureCode::Usage));
+    // A file could be anywhere, and keep vmrun waiting.
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&vec![0; source.bytes as usize]).unwrap();
+    assert_eq!(client.import(a, &file, source.bytes).unwrap_err().code(), Some(FailureCode::Usage));
     assert_eq!(
         client.import(a, &source.state, source.bytes + 1).unwrap_err().code(),
         Some(FailureCode::Usage)

@@ -106,6 +106,24 @@ fn what_ran_since_the_export_cannot_be_fenced() {
 }
 
 #[test]
+fn what_runs_is_not_exported_and_can_be_afterwards() {
+    if !kvm() {
+        return;
+    }
+    let vmrun = Vmrun::heartbeat();
+    let mut mover = vmrun.client();
+    mover.attach(Some(session(1)), "tcp:there:7070").unwrap();
+    let error = mover.export().unwrap_err();
+    assert_eq!(error.code(), Some(FailureCode::Refused), "{error}");
+    vmrun.beats();
+    assert_eq!(mover.fence(attempt(1, 1), "there").unwrap_err().code(), Some(FailureCode::Refused));
+    assert_eq!(mover.pause(true).unwrap().run_state, RunState::Paused);
+    assert_eq!(mover.fence(attempt(1, 1), "there").unwrap_err().code(), Some(FailureCode::Refused));
+    mover.export().unwrap();
+    mover.fence(attempt(1, 1), "there").unwrap();
+}
+
+#[test]
 fn after_the_fence_nothing_but_force_resumes() {
     if !kvm() {
         return;
@@ -122,6 +140,7 @@ fn after_the_fence_nothing_but_force_resumes() {
     assert_eq!(vmctl(&vmrun, &["quit"]).0, 3);
     drop(mover);
     vmrun.until("the mover is gone", || !vmrun.status().mover_attached);
+    assert_eq!(vmctl(&vmrun, &["quit"]).0, 3, "nobody is attached, and it is held all the same");
     // It is held, and a mover that comes back finds it so, with the next epoch.
     let status = vmrun.status();
     assert_eq!(status.run_state, RunState::Paused);
@@ -171,8 +190,7 @@ fn a_record_that_cannot_be_written_refuses_the_fence() {
     }
     let vmrun = Vmrun::heartbeat();
     let (mut mover, attempt) = ready_to_fence(&vmrun);
-    let obstacle = vmrun.path("vm.sock.session.json.new");
-    fs::create_dir(&obstacle).unwrap();
+    fs::create_dir(vmrun.record()).unwrap();
     let error = mover.fence(attempt, "there").unwrap_err();
     assert_eq!(error.code(), Some(FailureCode::Failed), "{error}");
     assert!(error.to_string().contains("session.json"), "{error}");

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::guest::{check_alive, check_beats};
-use crate::scene::{Scene, Vmrun, binary, kvm, never_paused, skip};
+use crate::scene::{Scene, Vmrun, binary, fault_points, kvm, never_paused, skip};
 
 /// The trial guest has no driver for it: the card moves all the same.
 #[test]
@@ -29,6 +29,30 @@ fn a_tap_that_is_missing_at_the_destination_is_named_and_another_can_be_given() 
     check_beats(&[&a]);
 
     let mut c = receive("c", "net0=new:vmcard8");
+    scene.send(&a.host, &c.address, &[]).end().expect(0, &[]);
+    assert_eq!(c.program.end().code, 0);
+    check_alive(&[&a, &c]);
+}
+
+// Row 6.
+#[test]
+fn a_card_that_fails_its_import_stays_with_its_guest() {
+    if !kvm() || !fault_points() || !namespaces() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut vmrun = alone("vmrun");
+    vmrun.current_dir(scene.path(""));
+    let a = scene.guest_from("a", vmrun, &["--net", "tap=new:vmcard0"]);
+    let listen = |name: &str| format!("unix:{}", scene.path(name).display());
+    let mut command = alone("vmrecv");
+    command.env("VMFERRY_FAULT_POINT", "import:net0");
+    let b = scene.receiver_from("b", command, &listen("b.in"), &["--remap", "net0=new:vmcard8"]);
+    let end = scene.send(&a.host, &b.address, &[]).end();
+    end.expect(5, &["net0", "refused on purpose", "the source has the guest"]);
+    a.await_running();
+    check_beats(&[&a]);
+    let mut c = scene.receiver_from("c", alone("vmrecv"), &listen("c.in"), &["--remap", "net0=new:vmcard8"]);
     scene.send(&a.host, &c.address, &[]).end().expect(0, &[]);
     assert_eq!(c.program.end().code, 0);
     check_alive(&[&a, &c]);

@@ -1,6 +1,8 @@
 //! Huge pages: guests move between hosts with and without them; too few are a refusal.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -9,23 +11,35 @@ use vmferry::wire::FrameType;
 use crate::guest::{check_alive, check_beats};
 use crate::postcopy::{Pair, check_answers, check_result, check_whole, lacks_pages};
 use crate::proxy::Way;
+use crate::recovery::{registered, userfaultfds};
 use crate::scene::{Host, Receiver, Scene, kvm, skip};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// More huge pages while this lives; one test at a time has them.
+/// More huge pages while this lives; one test at a time has them. A process of its own gives them back
+/// when this is gone, also where the test was killed.
 struct Pool {
-    before: String,
+    guard: Child,
+    /// Its end is what the guard waits for.
+    alive: Option<ChildStdin>,
     _lock: Flock<File>,
 }
+
+/// Waits for the end of its input, then gives the huge pages back. Its standard output is the lock, so
+/// that nobody else takes the pool before that.
+const GIVE_BACK: &str = "trap '' INT TERM HUP; read -r _; echo \"$1\" > \"$0\"";
 
 impl Pool {
     fn with(pages: u64) -> Option<Self> {
         let file = File::create(std::env::temp_dir().join("vmferry-hugepages.lock")).ok()?;
         let lock = Flock::lock(file, FlockArg::LockExclusive).ok()?;
-        let before = fs::read_to_string(POOL).unwrap_or_default();
-        let pool = Self { before: before.trim().to_owned(), _lock: lock };
-        let wanted = pool.before.parse::<u64>().unwrap_or(0) + pages;
+        let before = fs::read_to_string(POOL).unwrap_or_default().trim().to_owned();
+        let wanted = before.parse::<u64>().unwrap_or(0) + pages;
+        let mut guard = Command::new("sh");
+        guard.args(["-c", GIVE_BACK, POOL, &before]).stdin(Stdio::piped()).stderr(Stdio::null());
+        // In a group of its own: what ends the test's group must not end it.
+        let mut guard = guard.stdout(lock.try_clone().ok()?).process_group(0).spawn().ok()?;
+        let pool = Self { alive: guard.stdin.take(), guard, _lock: lock };
         let written = fs::write(POOL, wanted.to_string()).is_ok();
         let have = fs::read_to_string(POOL).unwrap_or_default().trim().parse::<u64>().unwrap_or(0);
         (written && have >= wanted || skip(&format!("{POOL} cannot be raised to {wanted}"))).then_some(pool)
@@ -34,8 +48,19 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let _ = fs::write(POOL, &self.before);
+        self.alive = None;
+        let _ = self.guard.wait();
     }
+}
+
+// Whatever becomes of the test: what the guard waits for is closed with it.
+#[test]
+fn huge_pages_are_given_back() {
+    let Some(mut pool) = Pool::with(1) else { return };
+    let raised: u64 = fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
+    pool.alive = None;
+    assert!(pool.guard.wait().unwrap().success());
+    assert_eq!(fs::read_to_string(POOL).unwrap().trim().parse(), Ok(raised - 1));
 }
 
 /// A guest of `from` pages moves to a receiver told `to`, whose memory then is of `pages`.
@@ -93,7 +118,10 @@ fn follows(from: &str, to: &[&str], pages: &str, args: &[&str]) {
     b.program.end().expect(0, &[]);
     a.program.end().expect(0, &["migrated to"]);
     check_whole(&[&a, &b]);
-    assert_eq!(b.status().ram_pages.map(|p| p.to_string()).as_deref(), Some(pages));
+    let status = b.status();
+    assert_eq!(status.ram_pages.map(|p| p.to_string()).as_deref(), Some(pages));
+    // Nothing of the fault handling is left.
+    assert_eq!((registered(status.pid), userfaultfds(status.pid)), (0, 0));
 }
 
 const POSTCOPY: &[&str] = &["--mode", "postcopy", "--bwlimit", "8M"];
@@ -128,6 +156,22 @@ fn huge_pages_of_which_a_part_is_stale() {
 #[test]
 fn transparent_ones_of_which_a_part_is_stale() {
     follows("thp", &[], "thp", HYBRID);
+}
+
+// What goes ahead goes page by page, and the import asks for the rest of the huge pages that it touches: one
+// request for each, and for no others.
+#[test]
+fn the_import_waits_for_few_huge_pages() {
+    let Some(_pool) = kvm().then(|| Pool::with(64)).flatten() else { return };
+    let mut pair = Pair::of("2M", "kvmclock=1");
+    let ready = pair.link.hold(Way::ToSource, FrameType::Ready);
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, &["--mode", "postcopy"]);
+    let ready = ready.caught();
+    let requests = pair.link.passed(Way::ToSource, FrameType::PageRequest);
+    assert!(requests <= 4, "{requests} requests before READY");
+    ready.pass();
+    send.end().expect(0, &[]);
+    pair.check_moved();
 }
 
 #[test]

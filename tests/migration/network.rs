@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::guest::{check_alive, check_beats};
+use crate::postcopy::check_result;
 use crate::program::Program;
 use crate::scene::{Host, Receiver, SLOW, Scene, binary, kvm, never_paused, skip};
 
@@ -52,6 +53,22 @@ impl Net {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", namespace, binary(program)]).current_dir(dir);
         command
+    }
+
+    /// Limits what the cable carries from the source on, in Mbit/s; false where the kernel cannot.
+    fn limit(&self, mbit: u32) -> bool {
+        let rate = format!("{mbit}mbit");
+        let tbf = [
+            "qdisc", "add", "dev", "cable", "root", "tbf", "rate", &rate, "burst", "32kb", "latency", "50ms",
+        ];
+        let mut command = Command::new("tc");
+        command
+            .args(["-n", &self.a])
+            .args(tbf)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success()) || skip("this needs tc with tbf")
     }
 
     fn receiver(&self, scene: &Scene, args: &[&str]) -> Receiver {
@@ -126,4 +143,42 @@ fn the_cable_is_unplugged_and_plugged_in_again() {
     net.send(&scene, &a, &b.address, &["--insecure"]).end().expect(0, &[]);
     assert_eq!(b.program.end().code, 0);
     check_alive(&[&a, &b]);
+}
+
+// Row 23: the cable carries less than the guest dirties.
+#[test]
+fn a_cable_that_is_too_slow_for_precopy_and_not_for_postcopy() {
+    if !kvm() {
+        return;
+    }
+    let Some(net) = Net::new() else { return };
+    if !net.limit(64) {
+        return;
+    }
+    let busy = |scene: &Scene| scene.guest("a", "64M", 1, "fill=16M ws=8M rate=20");
+    let limits = ["--insecure", "--downtime", "50ms", "--max-passes", "3"];
+    let scene = Scene::new();
+    let a = busy(&scene);
+    let b = net.receiver(&scene, &[]);
+    never_paused(&a, || {
+        let figures =
+            ["did not converge: 3 passes were made", "dirties", "the link took", "expected downtime"];
+        let advice = ["wanted 50 ms", "--mode hybrid", "--on-timeout", "the source has the guest"];
+        net.send(&scene, &a, &b.address, &limits).end().expect(4, &figures).expect(4, &advice);
+    });
+    b.await_status("the receiver is empty", |s| s.memory_bytes == 0);
+    check_beats(&[&a]);
+    drop(scene);
+    let ways: [&[&str]; 2] = [&["--mode", "hybrid"], &["--on-timeout", "postcopy"]];
+    for way in ways {
+        let scene = Scene::new();
+        let mut a = busy(&scene);
+        let mut b = net.receiver(&scene, &[]);
+        let end = net.send(&scene, &a, &b.address, &[&limits, way].concat()).end();
+        check_result(&end);
+        assert!(end.result()["passes"].as_u64().unwrap() > 0, "{way:?} has tried precopy");
+        b.program.end().expect(0, &[]);
+        a.program.end().expect(0, &["migrated to"]);
+        check_alive(&[&a, &b]);
+    }
 }

@@ -7,7 +7,7 @@ use vmferry::switchover::Ownership;
 use vmferry::wire::FrameType;
 
 use crate::guest::{check_alive, check_beats};
-use crate::program::{End, Program};
+use crate::program::{End, Program, until};
 use crate::proxy::{Proxy, Way};
 use crate::scene::{Host, Receiver, Scene, Vmrun, kvm};
 
@@ -48,8 +48,9 @@ impl Pair {
 
     /// A migration whose guest runs at the destination, with pages missing.
     pub fn in_postcopy(&self) -> Program {
-        let send = self.scene.send(&self.a, &self.link.address, SLOWLY);
+        let mut send = self.scene.send(&self.a, &self.link.address, SLOWLY);
         self.await_postcopy();
+        await_serving(&mut send);
         send
     }
 
@@ -70,6 +71,11 @@ impl Pair {
         self.a.program.end().expect(0, &["migrated to"]);
         check_whole(&[&self.a, &self.b]);
     }
+}
+
+/// The sender has heard RUNNING: a connection that is lost from here on is lost in postcopy.
+pub fn await_serving(send: &mut Program) {
+    send.await_line("it serves pages", |line| (line["progress"]["phase"] == "postcopy").then_some(()));
 }
 
 pub fn lacks_pages(status: &Status) -> bool {
@@ -112,7 +118,13 @@ fn moves(cpus: u32, cmdline: &str, args: &[&str]) {
     let mut b = scene.receiver("b", &[]);
     let end = scene.send(&a, &b.address, args).end();
     check_result(&end);
-    b.program.end().expect(0, &[]);
+    let arrived = b.program.end();
+    arrived.expect(0, &[]);
+    // Both sides agree on what was sent and has come.
+    for count in ["data_pages", "zero_pages"] {
+        assert_eq!(end.result()[count], arrived.result()[count], "{count}");
+    }
+    assert!(!end.lines.iter().any(|l| l["text"].as_str().is_some_and(|t| t.contains("counts differ"))));
     a.program.end().expect(0, &["migrated to"]);
     check_whole(&[&a, &b]);
     assert_eq!(b.status().vcpus, cpus);
@@ -147,6 +159,56 @@ fn hybrid_switches_by_itself_where_precopy_cannot_follow() {
     }
 }
 
+// Point 1: the operator's `switch-now` means postcopy, where what is left does not fit the downtime.
+#[test]
+fn switch_now_in_hybrid_goes_over_at_once() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.guest("a", "64M", 1, "fill=24M ws=8M rate=20");
+    let mut b = scene.receiver("b", &[]);
+    let socket = scene.path("send.sock");
+    let args =
+        ["--mode", "hybrid", "--bwlimit", "8M", "--downtime", "1ms", "--control", socket.to_str().unwrap()];
+    let mut send = scene.send(&a, &b.address, &args);
+    send.await_line("pages on their way", |l| {
+        (l["progress"]["phase"] == "precopy" && l["progress"]["sent_bytes"].as_u64()? > 1 << 20).then_some(())
+    });
+    crate::scene::vmctl(&socket, &["switch-now"]).expect(0, &[]);
+    let end = send.end();
+    check_result(&end);
+    assert_eq!(end.result()["passes"], 1);
+    b.program.end().expect(0, &[]);
+    check_whole(&[&a, &b]);
+}
+
+// Point 3: what is asked for has a channel of its own, which a stuck background never blocks.
+#[test]
+fn a_background_that_is_stuck_holds_up_no_request() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    // Paused, so that nothing but the background sends.
+    pair.a.vmctl(&["pause"]).expect(0, &[]);
+    let args = ["--mode", "postcopy", "--channels", "1", "--bwlimit", "1M"];
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, &args);
+    let missing =
+        pair.b.await_status("pages are missing", |s| s.missing_pages.is_some()).missing_pages.unwrap();
+    pair.b.await_status("the background sends", |s| s.missing_pages.is_some_and(|n| n + 64 < missing));
+    await_serving(&mut send);
+    let stuck = pair.link.hold(Way::ToDest, FrameType::Pages).caught();
+    let before = pair.link.passed(Way::ToDest, FrameType::Pages);
+    pair.b.vmctl(&["resume"]).expect(0, &[]);
+    until("requests are answered", || {
+        (pair.link.passed(Way::ToDest, FrameType::Pages) >= before + 3).then_some(())
+    });
+    stuck.pass();
+    send.end().expect(0, &[]);
+    pair.check_moved();
+}
+
 // Row 23, by policy.
 #[test]
 fn precopy_that_times_out_goes_on_as_postcopy() {
@@ -164,15 +226,19 @@ fn the_link_is_cut_five_times_in_postcopy() {
     }
     let mut pair = Pair::new();
     let mut send = pair.in_postcopy();
-    for cut in 1..=5 {
-        let before = pair.b.await_status("it lacks pages", lacks_pages).missing_pages.unwrap();
-        pair.b.await_status("pages come", |s| s.missing_pages.unwrap_or(0) + 300 < before);
-        assert!(lacks_pages(&check_answers(&pair.b)), "too late for cut {cut}");
+    // A frame is held each time, the next one before the link is up again: it is never too late for a cut.
+    let mut frame = pair.link.hold(Way::ToDest, FrameType::Pages).caught();
+    for _ in 1..=5 {
+        assert!(lacks_pages(&check_answers(&pair.b)));
         pair.link.cut();
         assert!(pair.a.is_committed());
+        frame.lose();
+        let next = pair.link.hold(Way::ToDest, FrameType::Pages);
         check_answers(&pair.b);
         pair.link.heal();
+        frame = next.caught();
     }
+    frame.pass();
     send.end().expect(0, &[]);
     pair.check_moved();
 }
@@ -283,6 +349,7 @@ fn the_link_is_dead_while_the_vcpus_are_synchronised() {
     pair.link.rewrite_bytes(Way::ToDest, FrameType::Missing, |part| {
         part.iter().enumerate().map(|(i, byte)| if i < 8 { *byte } else { 0xff }).collect()
     });
+    pair.link.rewrite(Way::ToDest, FrameType::End, |end| end["ahead"] = serde_json::json!([]));
     let request = pair.link.hold(Way::ToSource, FrameType::PageRequest);
     let args = ["--mode", "postcopy", "--peer-timeout", "3s"];
     let mut send = pair.scene.send(&pair.a, &pair.link.address, &args);
@@ -411,12 +478,15 @@ fn a_guest_that_lacks_pages_is_not_sent_on() {
     }
     let mut pair = Pair::new();
     let mut send = pair.in_postcopy();
+    // No page comes while this is tried, however long it takes.
+    pair.link.cut();
     let mut c = pair.scene.receiver("c", &[]);
     for mode in ["precopy", "postcopy"] {
         let end = pair.scene.send(&pair.b, &c.address, &["--mode", mode]).end();
         end.expect(1, &["pages are still coming", "the source has the guest"]);
         assert!(lacks_pages(&pair.b.status()), "{end:?}");
     }
+    pair.link.heal();
     send.end().expect(0, &[]);
     pair.check_moved();
     // Once it has them it goes anywhere.

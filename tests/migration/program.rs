@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Long enough for any machine; what is waited for comes much sooner.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Looks again and again until `test` gives something; panics with `what` when it never does.
 pub fn until<T>(what: &str, mut test: impl FnMut() -> Option<T>) -> T {

@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use serde_json::Value;
-use vmferry::wire::{FrameType, HEADER_BYTES, Header};
+use vmferry::wire::{FrameType, HEADER_BYTES, Header, Message, PAGES_HEAD_BYTES};
 
 use super::program::PATIENCE;
 
@@ -16,6 +17,39 @@ use super::program::PATIENCE;
 pub enum Way {
     ToDest,
     ToSource,
+}
+
+/// Which frames are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Frame(FrameType),
+    /// PING or PONG on the main channel. Which of them a side says depends on who falls silent first: a side
+    /// that answers all the time has no cause to ask.
+    SignOfLife,
+}
+
+impl From<FrameType> for Kind {
+    fn from(kind: FrameType) -> Self {
+        Self::Frame(kind)
+    }
+}
+
+/// A frame as it comes by.
+#[derive(Clone, Copy)]
+struct Passing {
+    way: Way,
+    header: Header,
+    /// Its connection's first frame was a HELLO, or an answer to one.
+    main: bool,
+    /// Its receiver has not hung up: no rule is spent on what nobody reads.
+    heard: bool,
+}
+
+impl Passing {
+    fn is(&self, way: Way, kind: Kind) -> bool {
+        let sign = || self.main && matches!(self.header.kind, FrameType::Ping | FrameType::Pong);
+        self.way == way && if let Kind::Frame(kind) = kind { self.header.kind == kind } else { sign() }
+    }
 }
 
 /// Makes another payload of one.
@@ -29,13 +63,15 @@ enum Act {
     Cut,
     /// Its payload is changed.
     Rewrite(Box<Change>),
+    /// Another message takes its place.
+    Replace(Message),
     /// It comes twice.
     Repeat,
 }
 
 struct Rule {
     way: Way,
-    kind: FrameType,
+    kind: Kind,
     act: Act,
     /// The number that the test knows it by.
     id: u64,
@@ -58,7 +94,7 @@ struct State {
     down: bool,
     frozen: bool,
     connections: Vec<TcpStream>,
-    passed: HashMap<(Way, FrameType), u64>,
+    passed: HashMap<(Way, Kind), u64>,
     over: bool,
 }
 
@@ -123,6 +159,11 @@ impl Proxy {
         self.rule(way, kind, Act::Rewrite(Box::new(change)));
     }
 
+    /// Another message takes the place of the next frame of that kind.
+    pub fn replace(&self, way: Way, kind: impl Into<Kind>, message: Message) {
+        self.rule(way, kind, Act::Replace(message));
+    }
+
     /// The next frame of that kind comes twice.
     pub fn repeat(&self, way: Way, kind: FrameType) {
         self.rule(way, kind, Act::Repeat);
@@ -151,20 +192,21 @@ impl Proxy {
     }
 
     /// How many frames of that kind have passed.
-    pub fn passed(&self, way: Way, kind: FrameType) -> u64 {
-        self.shared.lock().passed.get(&(way, kind)).copied().unwrap_or(0)
+    pub fn passed(&self, way: Way, kind: impl Into<Kind>) -> u64 {
+        self.shared.lock().passed.get(&(way, kind.into())).copied().unwrap_or(0)
     }
 
     /// Waits until a frame of that kind has passed.
     pub fn await_passed(&self, way: Way, kind: FrameType) {
-        self.shared.await_state("the frame has passed", |state| state.passed.contains_key(&(way, kind)));
+        self.shared
+            .await_state("the frame has passed", |state| state.passed.contains_key(&(way, kind.into())));
     }
 
-    fn rule(&self, way: Way, kind: FrameType, act: Act) -> u64 {
+    fn rule(&self, way: Way, kind: impl Into<Kind>, act: Act) -> u64 {
         let mut state = self.shared.lock();
         state.next_id += 1;
         let id = state.next_id;
-        state.rules.push(Rule { way, kind, act, id });
+        state.rules.push(Rule { way, kind: kind.into(), act, id });
         id
     }
 }
@@ -244,17 +286,20 @@ impl Shared {
             let Ok(callee) = TcpStream::connect(dest) else { continue };
             let _ = (caller.set_nodelay(true), callee.set_nodelay(true));
             let life = state.life;
+            let left = Arc::new(AtomicBool::new(false));
             for (from, to, way) in [(&caller, &callee, Way::ToDest), (&callee, &caller, Way::ToSource)] {
                 let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { continue };
-                let shared = self.clone();
-                std::thread::spawn(move || shared.forward(from, to, way, life));
+                let (shared, left) = (self.clone(), left.clone());
+                std::thread::spawn(move || shared.forward(from, to, way, life, &left));
             }
             state.connections.extend([caller, callee]);
         }
     }
 
-    /// Passes frames on until either end closes, or the link is cut.
-    fn forward(&self, mut from: TcpStream, mut to: TcpStream, way: Way, life: u64) {
+    /// Passes frames on until either end closes, or the link is cut. `left` is set when the destination has
+    /// hung up: what is still under way to it is of no account.
+    fn forward(&self, mut from: TcpStream, mut to: TcpStream, way: Way, life: u64, left: &AtomicBool) {
+        let mut main = None;
         loop {
             let mut bytes = vec![0; HEADER_BYTES];
             let Some(header) = read_all(&mut from, &mut bytes).then(|| header(&bytes)).flatten() else {
@@ -264,23 +309,33 @@ impl Shared {
             if !read_all(&mut from, &mut bytes[HEADER_BYTES..]) {
                 break;
             }
-            let Some(bytes) = self.decide(way, header, bytes, life) else {
+            let main = *main.get_or_insert(matches!(header.kind, FrameType::Hello | FrameType::HelloAck));
+            let heard = way == Way::ToSource || !left.load(Ordering::SeqCst);
+            let passing = Passing { way, header, main, heard };
+            let Some(bytes) = self.decide(passing, bytes, life) else {
                 let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
                 return;
             };
             if to.write_all(&bytes).is_err() {
                 break;
             }
-            *self.lock().passed.entry((way, header.kind)).or_default() += 1;
+            let mut state = self.lock();
+            for kind in [header.kind.into(), Kind::SignOfLife].into_iter().filter(|k| passing.is(way, *k)) {
+                *state.passed.entry((way, kind)).or_default() += 1;
+            }
+            drop(state);
             self.changed.notify_all();
+        }
+        if way == Way::ToSource {
+            left.store(true, Ordering::SeqCst);
         }
         let _ = to.shutdown(Shutdown::Write);
     }
 
     /// What becomes of a frame; `None` when it is lost with its connection.
-    fn decide(&self, way: Way, header: Header, bytes: Vec<u8>, life: u64) -> Option<Vec<u8>> {
-        let mut state = self.lock();
-        let rule = state.rules.iter().position(|r| (r.way, r.kind) == (way, header.kind));
+    fn decide(&self, passing: Passing, bytes: Vec<u8>, life: u64) -> Option<Vec<u8>> {
+        let (header, mut state) = (passing.header, self.lock());
+        let rule = state.rules.iter().position(|r| passing.heard && passing.is(r.way, r.kind));
         let rule = rule.map(|at| state.rules.remove(at));
         let bytes = match rule {
             None => bytes,
@@ -288,7 +343,12 @@ impl Shared {
                 self.cut(&mut state);
                 return None;
             }
-            Some(Rule { act: Act::Rewrite(change), .. }) => rewritten(header, &bytes, change),
+            Some(Rule { act: Act::Rewrite(change), .. }) => {
+                rewritten(header, header.kind, &change(&bytes[HEADER_BYTES..]))
+            }
+            Some(Rule { act: Act::Replace(message), .. }) => {
+                rewritten(header, message.kind(), &message.encode().unwrap())
+            }
             Some(Rule { act: Act::Repeat, .. }) => [bytes.clone(), bytes].concat(),
             Some(Rule { act: Act::Hold, id, .. }) => {
                 state.catches.insert(id, Catch::Caught);
@@ -317,8 +377,16 @@ fn header(bytes: &[u8]) -> Option<Header> {
     Header::decode(bytes.try_into().ok()?).ok()
 }
 
-fn rewritten(header: Header, bytes: &[u8], change: impl FnOnce(&[u8]) -> Vec<u8>) -> Vec<u8> {
-    let payload = change(&bytes[HEADER_BYTES..]);
-    let header = Header { payload_bytes: payload.len() as u32, body_crc: crc32c::crc32c(&payload), ..header };
-    [&header.encode()[..], &payload].concat()
+fn rewritten(header: Header, kind: FrameType, payload: &[u8]) -> Vec<u8> {
+    // The data of PAGES has no checksum.
+    let checked = match (kind, payload) {
+        (FrameType::Pages, [a, b, c, d, ..]) => {
+            let runs = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
+            &payload[..payload.len().min(PAGES_HEAD_BYTES + 16 * runs)]
+        }
+        _ => payload,
+    };
+    let body_crc = crc32c::crc32c(checked);
+    let header = Header { kind, payload_bytes: payload.len() as u32, body_crc, ..header };
+    [&header.encode()[..], payload].concat()
 }

@@ -121,3 +121,103 @@ fn without_the_sandbox_nothing_is_given_up() {
         assert_all(pid, "Seccomp", "0");
     }
 }
+
+/// Whether this kernel has landlock with TCP ports (version 4).
+fn landlock() -> bool {
+    // landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    let output = std::process::Command::new("python3")
+        .args(["-c", "import ctypes; print(ctypes.CDLL(None).syscall(444, 0, 0, 1))"])
+        .output();
+    let version = output.ok().and_then(|o| String::from_utf8_lossy(&o.stdout).trim().parse::<i32>().ok());
+    version.is_some_and(|v| v >= 4) || crate::scene::skip("this kernel has no landlock with TCP ports")
+}
+
+#[test]
+fn files_and_ports_that_are_not_named_are_out_of_reach() {
+    if !kvm() || !fault_points() || !landlock() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut on = scene.small("a");
+    for (what, program) in [("file", "vmsend"), ("port", "vmsend"), ("file", "vmrecv"), ("port", "vmrecv")] {
+        let place = format!("{}:{what}", if program == "vmsend" { "send" } else { "receive" });
+        let of = |name: &str| {
+            let mut command = scene.command(name);
+            if name == program {
+                command.env("VMFERRY_FORBIDDEN", &place);
+            }
+            command
+        };
+        let name = format!("{what}-{program}");
+        let mut to = scene.receiver_from(&name, of("vmrecv"), "tcp:127.0.0.1:0", &[]);
+        let mut send = of("vmsend");
+        send.arg("--vm").arg(&on.host.control).arg(&to.address);
+        let end = scene.start("vmsend-forbidden", send).end();
+        end.expect(0, &[]);
+        to.program.end().expect(0, &[]);
+        let said = if program == "vmsend" { end.stderr } else { to.program.stderr() };
+        assert!(said.contains(&format!("the {what} gave Err(")), "{said}");
+        assert!(said.contains("PermissionDenied"), "{program} may reach the {what}: {said}");
+        on.host = to.host.clone();
+    }
+}
+
+// The resolver's files, and its port, are let through where a host is given by name.
+#[test]
+fn a_name_is_resolved_in_the_sandbox() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.small("a");
+    let mut b = scene.receiver_at("b", "tcp:localhost:0", &[]);
+    let port = b.address.rsplit(':').next().unwrap();
+    scene.send(&a, &format!("tcp:localhost:{port}"), &[]).end().expect(0, &[]);
+    b.program.end().expect(0, &[]);
+    check_alive(&[&a, &b]);
+}
+
+#[test]
+fn a_pseudo_terminal_is_the_guests_in_the_sandbox() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let host = scene.host("a");
+    let mut command = scene.command("vmrun");
+    command.arg("--control").arg(&host.control).args(["--kernel", "builtin:heartbeat", "--memory", "32M"]);
+    command.args(["--serial", "pty", "--cmdline", "fill=8M ws=1M beat=50"]);
+    let program = scene.start("vmrun-pty", command);
+    let path = until("it names the terminal", || {
+        program.stderr().split_whitespace().find(|w| w.starts_with("/dev/pts/")).map(str::to_owned)
+    });
+    let mut terminal = fs::File::open(path.trim_end_matches([',', '.', ';'])).unwrap();
+    let mut heard = String::new();
+    while !heard.contains("b 3") {
+        let mut bytes = [0; 256];
+        let count = std::io::Read::read(&mut terminal, &mut bytes).unwrap();
+        assert!(count > 0, "{heard}");
+        heard.push_str(&String::from_utf8_lossy(&bytes[..count]));
+    }
+    host.vmctl(&["quit"]).expect(0, &[]);
+}
+
+#[test]
+fn a_panic_has_its_backtrace_in_the_sandbox() {
+    if !kvm() || !fault_points() {
+        return;
+    }
+    let scene = Scene::new();
+    let a = scene.small("a");
+    let b = scene.receiver("b", &[]);
+    let mut command = scene.command("vmsend");
+    command.env("VMFERRY_FORBIDDEN", "send:panic").env("RUST_BACKTRACE", "1");
+    command.arg("--vm").arg(&a.control).arg(&b.address);
+    let end = scene.start("vmsend-panic", command).end();
+    assert!(end.code != 0, "{end:?}");
+    assert!(end.stderr.contains("as it was asked to"), "{end:?}");
+    // Names, and lines of files: they are read from the program's own file.
+    assert!(end.stderr.contains("try_forbidden") && end.stderr.contains("src/migrate/source.rs:"), "{end:?}");
+    a.await_running();
+    check_beats(&[&a]);
+}

@@ -253,12 +253,14 @@ impl Scene {
     fn tell(&self) {
         let mut files: Vec<PathBuf> =
             fs::read_dir(self.dir.path()).into_iter().flatten().flatten().map(|f| f.path()).collect();
+        // Nobody writes to a FIFO any more.
+        files.retain(|path| path.is_file());
         files.sort();
         for path in files {
             let text = String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()).into_owned();
             let lines: Vec<&str> = text.lines().filter(|l| !l.contains(r#""event":"progress""#)).collect();
             let tail = lines[lines.len().saturating_sub(12)..].join("\n    ");
-            if path.is_file() && !tail.is_empty() {
+            if !tail.is_empty() {
                 eprintln!("--- {}\n    {tail}", path.file_name().unwrap_or_default().display());
             }
         }

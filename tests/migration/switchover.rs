@@ -11,11 +11,11 @@ use crate::proxy::{Proxy, Way};
 use crate::scene::{Host, Receiver, Scene, Vmrun, fault_points, kvm};
 
 /// A guest, and a receiver that is reached through a link in the test's hand.
-struct Pair {
-    a: Vmrun,
-    b: Receiver,
-    link: Proxy,
-    scene: Scene,
+pub struct Pair {
+    pub a: Vmrun,
+    pub b: Receiver,
+    pub link: Proxy,
+    pub scene: Scene,
 }
 
 const TIMEOUT: &[&str] = &["--peer-timeout", "3s"];
@@ -39,7 +39,7 @@ impl Pair {
 
     /// It is over, and the guest lives at the destination.
     #[track_caller]
-    fn check_moved(&mut self) {
+    pub fn check_moved(&mut self) {
         assert_eq!(self.b.program.end().code, 0);
         self.a.program.end().expect(0, &["migrated to"]);
         check_alive(&[&self.a, &self.b]);
@@ -47,7 +47,7 @@ impl Pair {
 
     /// The guest lives at the source; another try moves it.
     #[track_caller]
-    fn check_back_and_try_again(&mut self) {
+    pub fn check_back_and_try_again(&mut self) {
         self.a.await_running();
         check_beats(&[&self.a]);
         self.link.heal();
@@ -112,6 +112,21 @@ fn import_fails(point: &str, words: &[&str]) {
     let c = scene.receiver("c", &[]);
     scene.send(&a, &c.address, &[]).end().expect(0, &[]);
     check_alive(&[&a, &c]);
+}
+
+// With --verify both sides compare: a destination that has other memory does not get the guest.
+#[test]
+fn a_digest_that_differs_keeps_the_guest() {
+    if !kvm() {
+        return;
+    }
+    let mut pair = Pair::new();
+    pair.link.rewrite(Way::ToSource, FrameType::Ready, |ready| ready["digest"] = "00".into());
+    let args = [TIMEOUT, &["--verify"]].concat();
+    let mut send = pair.scene.send(&pair.a, &pair.link.address, &args);
+    send.end().expect(1, &["the digests of RAM differ", "the source has the guest"]);
+    assert_eq!(pair.link.passed(Way::ToDest, FrameType::Run), 0);
+    pair.check_back_and_try_again();
 }
 
 // Row 6.
@@ -235,6 +250,24 @@ fn run_is_lost() {
     pair.link.heal();
     send.end().expect(0, &[]);
     pair.check_moved();
+}
+
+// Its vmsend must not go on as if nothing had been said, and let it run elsewhere as well.
+#[test]
+fn an_operators_word_ends_what_a_sender_still_tries() {
+    if !kvm() {
+        return;
+    }
+    let pair = Pair::new();
+    pair.link.cut_at(Way::ToDest, FrameType::Run);
+    let mut send = pair.send();
+    pair.link.await_cut();
+    send.await_note("both sides hold still");
+    pair.a.vmctl(&["resume", "--force", "--peer-fenced"]).expect(0, &[]);
+    send.end().expect(7, &["resuming a migration is refused", "owns its guest"]);
+    assert_eq!(pair.link.passed(Way::ToDest, FrameType::Run), 0);
+    assert!(pair.b.is_in_doubt(), "{:?}", pair.b.status());
+    check_beats(&[&pair.a]);
 }
 
 // Row 13, one way: the source wants the guest back before RUN has come.

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use crate::control::Status;
-use crate::migrate::intake::{Caller, Opening};
-use crate::migrate::pump;
+use crate::migrate::intake::{Caller, Opening, Place};
+use crate::migrate::pump::{self, Haste};
 use crate::migrate::wires::{MainLine, host_name, shorter, turn_away};
 use crate::switchover::{Attempt, DestInput, DestStep, Ownership};
 use crate::transport::Channel;
@@ -15,13 +15,15 @@ use super::{Arrival, Event, MigrateError, Session, failed};
 impl Arrival<'_> {
     /// A new connection: the first, one more channel, the source coming back, or somebody else.
     pub(super) fn on_caller(&mut self, caller: Caller) -> Result<(), MigrateError> {
-        let attempt = caller.attempt;
-        match caller.opening {
-            Opening::Join { index } => self.on_join(attempt, index, caller.channel),
+        let Caller { attempt, opening, channel, place } = caller;
+        match opening {
+            Opening::Join { index } => self.on_join(attempt, index, channel, place),
             Opening::Hello(hello) => {
-                let Some(session) = &self.session else { return self.begin(attempt, *hello, caller.channel) };
+                let Some(session) = &self.session else {
+                    return self.begin(attempt, *hello, channel, place);
+                };
                 if session.attempt.session == attempt.session && hello.resume {
-                    return self.come_back(attempt, &hello, caller.channel);
+                    return self.come_back(attempt, &hello, channel, place);
                 }
                 let superseded = hello.superseded.is_some_and(|old| old.session == session.attempt.session)
                     && hello.vm_uuid == session.hello.vm_uuid;
@@ -32,14 +34,14 @@ impl Arrival<'_> {
                     let _ = self.input(DestInput::Abort);
                     self.session = None;
                     self.step = DestStep::Loading;
-                    return self.begin(attempt, *hello, caller.channel);
+                    return self.begin(attempt, *hello, channel, place);
                 }
                 let message = match self.step {
                     DestStep::Running => "the guest of another migration runs here already",
                     DestStep::InDoubt => "an acknowledged guest is held here for its own source",
                     _ => "another migration is under way here",
                 };
-                refuse(caller.channel, RefusedCode::Busy, message);
+                refuse(channel, place, RefusedCode::Busy, message);
                 Ok(())
             }
         }
@@ -51,21 +53,25 @@ impl Arrival<'_> {
         attempt: Attempt,
         hello: wire::Hello,
         channel: Channel,
+        place: Place,
     ) -> Result<(), MigrateError> {
         if hello.resume {
             let phase = self.unknown_phase(attempt);
             let ack = self.hello_ack(&wire::Agreed { version: wire::VERSION, features: vec![] }, Some(phase));
-            turn_away(channel, &Message::HelloAck(ack));
+            turn_away(channel, &Message::HelloAck(ack), place);
             return Ok(());
         }
         let agreed = match wire::negotiate(&hello, &Supported::default()) {
             Ok(agreed) => agreed,
             Err(refused) => {
                 self.observer.note(&format!("refused {}: {refused}", hello.host));
-                turn_away(channel, &Message::Refused(refused));
+                turn_away(channel, &Message::Refused(refused), place);
                 return Ok(());
             }
         };
+        if !place.leave() {
+            return Ok(());
+        }
         self.started = Instant::now();
         self.observer.note(&format!("receiving {:?} from {}", hello.vm_name, hello.host));
         crate::sys::sandbox::try_forbidden("receive");
@@ -93,24 +99,29 @@ impl Arrival<'_> {
         attempt: Attempt,
         hello: &wire::Hello,
         channel: Channel,
+        place: Place,
     ) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
         if attempt.epoch <= session.attempt.epoch {
             let message =
                 format!("epoch {} is stale, {} has been seen", attempt.epoch, session.attempt.epoch);
-            refuse(channel, RefusedCode::Stale, &message);
+            refuse(channel, place, RefusedCode::Stale, &message);
+            return Ok(());
+        }
+        if !place.leave() {
             return Ok(());
         }
         if let Err(error) = self.host.client.renew(attempt) {
-            refuse(channel, RefusedCode::Failed, &error.to_string());
+            refuse(channel, place, RefusedCode::Failed, &error.to_string());
             return Ok(());
         }
         session.attempt = attempt;
         if let Some(old) = session.main.take() {
             old.cut();
         }
-        session.waiting_since = None;
+        session.lost = None;
         session.hello = hello.clone();
+        session.ending_pass = None;
         for (_, sender) in session.bulk.drain() {
             sender.cancel_token().cancel("the source has come back on a new connection");
         }
@@ -139,7 +150,9 @@ impl Arrival<'_> {
         let (line, receiver) = MainLine::start(channel, patience).map_err(failed)?;
         let placer = session.placer.clone();
         let events = self.events.clone();
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Main(attempt, b)));
+        std::thread::spawn(move || {
+            pump::run(receiver, Haste::Urgent, &placer, &events, |b| Event::Main(attempt, b))
+        });
         let sent = line.send(&Message::HelloAck(ack));
         session.main = Some(line);
         if let Err(error) = sent { self.on_lost(&error.to_string()) } else { Ok(()) }
@@ -150,6 +163,7 @@ impl Arrival<'_> {
         attempt: Attempt,
         index: u32,
         channel: Channel,
+        place: Place,
     ) -> Result<(), MigrateError> {
         let expected = self.session.as_ref().is_some_and(|s| {
             s.attempt == attempt
@@ -158,13 +172,18 @@ impl Arrival<'_> {
                 && (self.step == DestStep::Loading || s.fetching() > 0)
         });
         let Some(session) = self.session.as_mut().filter(|_| expected) else {
-            refuse(channel, RefusedCode::Session, "no such channel is expected here");
+            refuse(channel, place, RefusedCode::Session, "no such channel is expected here");
             return Ok(());
         };
+        if !place.leave() {
+            return Ok(());
+        }
         let (sender, receiver) = channel.split();
+        // The one beyond those that were promised for bulk is the urgent one.
+        let haste = if index > session.hello.channels { Haste::Urgent } else { Haste::Bulk };
         let placer = session.placer.clone();
         let events = self.events.clone();
-        std::thread::spawn(move || pump::run(receiver, &placer, &events, |b| Event::Bulk(attempt, b)));
+        std::thread::spawn(move || pump::run(receiver, haste, &placer, &events, |b| Event::Bulk(attempt, b)));
         let sent = sender.send(&Message::Joined { index });
         session.bulk.insert(index, sender);
         if let Err(error) = sent { self.on_bulk_lost(&error.to_string()) } else { Ok(()) }
@@ -184,7 +203,7 @@ impl Arrival<'_> {
 }
 
 /// Says no on a channel that is not ours, and lets go of it.
-fn refuse(channel: Channel, code: RefusedCode, message: &str) {
+fn refuse(channel: Channel, place: Place, code: RefusedCode, message: &str) {
     let refused = Refused { code, message: message.to_owned(), problems: vec![] };
-    turn_away(channel, &Message::Refused(refused));
+    turn_away(channel, &Message::Refused(refused), place);
 }

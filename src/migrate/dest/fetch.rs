@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use crate::control::Postcopy;
-use crate::memory::PageSet;
+use crate::memory::{PageIndex, PageSet};
 use crate::migrate::host::Host;
-use crate::migrate::outcome::MigrateError;
+use crate::migrate::outcome::{Ending, MigrateError, Side};
 use crate::migrate::placer::Placer;
 use crate::migrate::postcopy::pager::Pager;
 use crate::migrate::ram::Ram;
 use crate::switchover::{Attempt, DestStep, Ownership};
+use crate::wire::limits::MAX_AHEAD_PAGES;
 use crate::wire::{self, Message, PageBitmap};
 
+use super::tell::Lost;
 use super::{Arrival, Event, Session, failed};
 
 /// What a receiver that died has left with its `vmrun`.
@@ -61,7 +63,7 @@ impl Arrival<'_> {
     pub(super) fn adopt(&mut self, taken: TakenOver) -> Result<(), MigrateError> {
         let hello = wire::Hello::unknown(taken.uuid, taken.name);
         let mut session = Session::new(taken.attempt, hello);
-        session.waiting_since = Some(self.started);
+        session.lost = Some(Lost { since: self.started, why: "its receiver was killed".to_owned() });
         self.step = taken.step;
         if let Some((_, pager, ram)) = taken.fetched {
             let placer = Placer::new(ram);
@@ -77,33 +79,49 @@ impl Arrival<'_> {
         Ok(())
     }
 
-    /// A part of the set of pages that come after the guest.
+    /// A part of the set of pages that come after the guest. The first comes while the guest still runs
+    /// elsewhere: what faults need is made ready then.
     pub(super) fn on_missing(&mut self, part: &PageBitmap) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let Some(total) = session.machine().map(|p| p.ram().map().total_pages()) else {
             return self.fail("MISSING before the machine was accepted");
         };
         let words = session.missing.get_or_insert_with(|| vec![0; total.div_ceil(64) as usize]);
-        match part.put_into(wire::FrameType::Missing, words) {
-            Ok(()) => Ok(()),
-            Err(error) => self.fail(error),
+        if let Err(error) = part.add_to(wire::FrameType::Missing, words) {
+            return self.fail(error);
         }
+        if session.armed.is_none() {
+            let listen = self.address.to_string();
+            match self.host.client.postcopy_arm(session.attempt, &listen) {
+                Ok(armed) => session.armed = Some(armed),
+                Err(error) => return self.fail(error),
+            }
+        }
+        Ok(())
     }
 
     /// Before the import: what was dirtied since it was sent is thrown away (D2), faults are served
-    /// from here on.
-    pub(super) fn arm(&mut self) -> Result<(), MigrateError> {
-        let listen = self.address.to_string();
+    /// from here on. The pages `ahead` came after they had been named as missing.
+    pub(super) fn page(&mut self, ahead: &[u64]) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let attempt = session.attempt;
-        let missing =
-            session.missing.take().ok_or_else(|| failed("END promises pages and no MISSING has come"))?;
+        let (Some(missing), Some((postcopy, uffd, present))) = (session.missing.take(), session.armed.take())
+        else {
+            return Err(failed("END promises pages and no MISSING has come"));
+        };
         let Some(placer) = session.placer.get().and_then(Option::as_ref) else {
             return Err(failed("END before the machine was accepted"));
         };
-        let missing = PageSet::from_words(missing, placer.ram().map().total_pages());
+        if ahead.len() > MAX_AHEAD_PAGES {
+            return Err(failed(format!("END names {} pages as sent ahead", ahead.len())));
+        }
+        let mut missing = PageSet::from_words(missing, placer.ram().map().total_pages());
+        for page in ahead.iter().map(|page| PageIndex(*page)) {
+            if !missing.contains(page) {
+                return Err(failed(format!("{page} came ahead and was not named as missing")));
+            }
+            missing.remove(page);
+        }
         placer.discard(&missing).map_err(|e| failed(format!("stale pages cannot be thrown away: {e}")))?;
-        let (postcopy, uffd, present) = self.host.client.postcopy_arm(attempt, &listen).map_err(failed)?;
         let pager = Pager::new(&postcopy, placer.ram().clone(), uffd, present, &missing).map_err(failed)?;
         placer.page_with(pager.clone());
         if let Some(main) = &session.main {
@@ -111,6 +129,14 @@ impl Arrival<'_> {
         }
         session.pager = Some(pager.clone());
         self.start_pager(&pager)
+    }
+
+    /// Without postcopy: nothing may be registered, since nobody would serve its faults.
+    pub(super) fn disarmed(&self) -> Result<(), MigrateError> {
+        match self.session.as_ref().is_some_and(|s| s.armed.is_some()) {
+            true => Err(failed("MISSING has come, and END says that nothing is missing")),
+            false => Ok(()),
+        }
     }
 
     fn start_pager(&self, pager: &Arc<Pager>) -> Result<(), MigrateError> {
@@ -143,8 +169,13 @@ impl Arrival<'_> {
             // Seen again when it runs.
             return Ok(());
         }
+        // Until then holes are made zero by the pager: a receiver that takes over goes on with that.
+        self.host.client.postcopy_done(session.attempt).map_err(|error| {
+            let what =
+                format!("all pages of the guest that runs here have come, but vmrun waits on: {error}");
+            MigrateError::new(Ending::Unknown, Side::Destination, what)
+        })?;
         pager.stop();
-        self.host.client.postcopy_done(session.attempt).map_err(failed)?;
         let (pages, zero_pages) = session.counts();
         let latency = Some(serde_json::to_value(pager.latency()).unwrap_or_default());
         let done = wire::Done { pages, zero_pages, digest: None, latency };

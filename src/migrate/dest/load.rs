@@ -25,8 +25,12 @@ impl Arrival<'_> {
         if session.machine().is_some() {
             return self.fail("MACHINE came twice");
         }
-        match self.host.prepare(session.attempt, &machine, session.hello.wants_postcopy()) {
-            Ok(ram) => {
+        // Connected now, while the guest runs elsewhere.
+        let importer = self.host.second();
+        let prepared = self.host.prepare(session.attempt, &machine, session.hello.wants_postcopy());
+        match prepared.and_then(|ram| Ok((ram, importer?))) {
+            Ok((ram, importer)) => {
+                session.importer = Some(importer);
                 let _ = session.placer.set(Some(Placer::new(Arc::new(ram))));
                 self.say(&Message::Accepted)
             }
@@ -51,12 +55,19 @@ impl Arrival<'_> {
     /// One channel has ended a pass; when all have, the source may go on (D3).
     pub(super) fn on_barrier(&mut self, pass: u32) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        let channels = session.barriers.entry(pass).or_default();
-        *channels += 1;
-        if *channels < session.hello.channels.max(1) {
+        // One pass at a time: the source waits for PASS_DONE.
+        let channels = match session.ending_pass {
+            None => 1,
+            Some((open, channels)) if open == pass => channels + 1,
+            Some((open, _)) => {
+                return self.fail(format!("BARRIER of pass {pass} came before pass {open} was over"));
+            }
+        };
+        if channels < session.hello.channels.max(1) {
+            session.ending_pass = Some((pass, channels));
             return Ok(());
         }
-        session.barriers.remove(&pass);
+        session.ending_pass = None;
         let (data_pages, zero_pages) = session.machine().map(Placer::counts).unwrap_or_default();
         let before = std::mem::replace(
             &mut session.pass_began,
@@ -101,16 +112,11 @@ impl Arrival<'_> {
                 Err(error) => return self.fail(error),
             }
         }
-        if end.postcopy
-            && let Err(error) = self.arm()
-        {
+        if let Err(error) = if end.postcopy { self.page(&end.ahead) } else { self.disarmed() } {
             return self.fail(error);
         }
-        let Some(session) = &self.session else { return Ok(()) };
-        let client = match self.host.second() {
-            Ok(client) => client,
-            Err(error) => return self.fail(error),
-        };
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let Some(client) = session.importer.take() else { return self.fail("END before the machine") };
         let (events, attempt) = (self.events.clone(), session.attempt);
         std::thread::spawn(move || {
             let _ = events.send(Event::Imported(attempt, host::import(client, attempt, &state)));

@@ -5,12 +5,13 @@
 //! decided by [`DestStep`]; who owns the guest, by the `vmrun` that it drives.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver as EventReceiver, RecvTimeoutError, Sender as EventSender, channel};
 use std::time::{Duration, Instant};
 
-use crate::control::{ClientError, Imported};
+use crate::control::{Client, ClientError, Imported, Postcopy};
 use crate::switchover::{Attempt, DestInput, DestStep};
 use crate::transport::{Address, Sender};
 use crate::wire::{self, Message};
@@ -29,8 +30,10 @@ mod door;
 mod fetch;
 mod load;
 mod switch;
+mod tell;
 
 use fetch::TakenOver;
+use tell::Lost;
 
 /// How often the conductor looks after its `vmrun` and shows progress.
 const TICK: Duration = Duration::from_millis(100);
@@ -81,7 +84,14 @@ impl Takeover {
         let mut options = options.clone();
         options.listen = match (listen, &taken.listen) {
             (Some(listen), _) => listen,
-            (None, Some(recorded)) => recorded.parse().map_err(failed)?,
+            (None, Some(recorded)) => match recorded.parse().map_err(failed)? {
+                Address::Exec(_) | Address::Stdio => {
+                    return Err(failed(format!(
+                        "the one before listened at {recorded}, which cannot come again: say LISTEN"
+                    )));
+                }
+                listen => listen,
+            },
             (None, None) => return Err(failed("nobody has recorded where to listen: say LISTEN")),
         };
         Ok(Self { options, host, taken })
@@ -142,17 +152,17 @@ fn take_in(
 
 /// What all attempts of one receiver share.
 #[derive(Clone, Copy)]
-struct Surroundings<'a> {
-    options: &'a ReceiveOptions,
-    signal: &'a AtomicUsize,
-    events: &'a EventSender<Event>,
-    inbox: &'a EventReceiver<Event>,
+pub(crate) struct Surroundings<'a> {
+    pub options: &'a ReceiveOptions,
+    pub signal: &'a AtomicUsize,
+    pub events: &'a EventSender<Event>,
+    pub inbox: &'a EventReceiver<Event>,
     /// Where we listen, with the port that was taken.
-    address: &'a Address,
+    pub address: &'a Address,
 }
 
 /// One guest on its way in.
-struct Arrival<'a> {
+pub(crate) struct Arrival<'a> {
     options: &'a ReceiveOptions,
     signal: &'a AtomicUsize,
     events: &'a EventSender<Event>,
@@ -163,6 +173,8 @@ struct Arrival<'a> {
     step: DestStep,
     session: Option<Session>,
     started: Instant,
+    /// When the vmrun was last told where things stand.
+    told_at: Option<Instant>,
 }
 
 /// What is known once a source has said HELLO.
@@ -173,20 +185,24 @@ struct Session {
     /// Bulk channels that have joined, by index.
     bulk: HashMap<u32, Sender>,
     placer: PlacerSlot,
-    /// Channels that have ended a pass, by the pass.
-    barriers: HashMap<u32, u32>,
+    /// The pass that some channels have ended, and how many.
+    ending_pass: Option<(u32, u32)>,
     pass_began: PassBegan,
     state: Option<Vec<u8>>,
     digest: Option<String>,
     stays_paused: bool,
     ready: wire::Ready,
     run_us: u64,
-    /// When the connection was lost that has to come back.
-    waiting_since: Option<Instant>,
+    /// The connection was lost, and has to come back.
+    lost: Option<Lost>,
+    /// For the import, which may take long: a connection of its own.
+    importer: Option<Client>,
     /// RUN was passed on to `vmrun`.
     run_passed_on: bool,
     /// Postcopy: the pages that come after the guest, from the MISSING frames.
     missing: Option<Vec<u64>>,
+    /// Postcopy: what faults are served with, from the first MISSING to END.
+    armed: Option<(Postcopy, OwnedFd, OwnedFd)>,
     /// Postcopy: serves the guest's faults from END on.
     pager: Option<Arc<Pager>>,
 }
@@ -199,16 +215,18 @@ impl Session {
             main: None,
             bulk: HashMap::new(),
             placer: PlacerSlot::default(),
-            barriers: HashMap::new(),
+            ending_pass: None,
             pass_began: PassBegan { data_pages: 0, zero_pages: 0, at: Instant::now() },
             state: None,
             digest: None,
             stays_paused: false,
             ready: wire::Ready::default(),
             run_us: 0,
-            waiting_since: None,
+            lost: None,
             run_passed_on: false,
+            importer: None,
             missing: None,
+            armed: None,
             pager: None,
         }
     }
@@ -238,10 +256,11 @@ struct PassBegan {
 }
 
 impl<'a> Arrival<'a> {
-    fn new(around: Surroundings<'a>, host: &'a mut Host, observer: &'a mut dyn Observer) -> Self {
+    pub(crate) fn new(around: Surroundings<'a>, host: &'a mut Host, observer: &'a mut dyn Observer) -> Self {
         let Surroundings { options, signal, events, inbox, address } = around;
         let (step, started) = (DestStep::Loading, Instant::now());
-        Self { options, signal, events, inbox, address, host, observer, step, session: None, started }
+        let (session, told_at) = (None, None);
+        Self { options, signal, events, inbox, address, host, observer, step, session, started, told_at }
     }
 
     /// Waits for events until the guest is here for good, or the attempt is over.
@@ -261,22 +280,25 @@ impl<'a> Arrival<'a> {
             if let Some(arrived) = self.look_after()? {
                 return Ok(arrived);
             }
+            self.tell();
         }
     }
 
-    fn on_event(&mut self, event: Event) -> Result<Option<Arrived>, MigrateError> {
+    pub(crate) fn on_event(&mut self, event: Event) -> Result<Option<Arrived>, MigrateError> {
         match event {
             Event::Caller(caller) => self.on_caller(caller).map(|()| None),
             Event::Main(attempt, brought) if self.is_current(attempt) => match brought {
-                Brought::Message(message) => self.on_message(message),
+                Brought::Message(message, _) => self.on_message(message),
                 Brought::Lost(why) => self.on_lost(&why).map(|()| None),
                 Brought::HostGone => self.on_host_gone().map(|()| None),
             },
             Event::Bulk(attempt, brought) if self.is_current(attempt) => match brought {
-                Brought::Message(Message::Barrier { pass }) => self.on_barrier(pass).map(|()| None),
-                Brought::Message(other) => {
-                    self.fail(format!("{} does not belong on a bulk channel", other.kind()))?;
-                    Ok(None)
+                Brought::Message(Message::Barrier { pass }, _) if self.step == DestStep::Loading => {
+                    self.on_barrier(pass).map(|()| None)
+                }
+                Brought::Message(other, _) => {
+                    let what = format!("{} does not belong on a bulk channel", other.kind());
+                    self.on_nonsense(&what).map(|()| None)
                 }
                 Brought::Lost(why) => self.on_bulk_lost(&why).map(|()| None),
                 Brought::HostGone => self.on_host_gone().map(|()| None),
@@ -286,6 +308,21 @@ impl<'a> Arrival<'a> {
             }
             Event::AllPresent => self.on_all_present().map(|()| None),
             Event::Main(..) | Event::Bulk(..) | Event::Imported(..) => Ok(None),
+        }
+    }
+
+    /// Whether the source is there.
+    #[cfg(any(fuzzing, test))]
+    pub(crate) fn is_connected(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.main.is_some())
+    }
+
+    /// Leaves the guest where it is, and ends what is here.
+    #[cfg(any(fuzzing, test))]
+    pub(crate) fn abandon(mut self) {
+        let session = self.session.take();
+        if let Some(pager) = session.and_then(|s| s.pager) {
+            pager.stop();
         }
     }
 
@@ -306,7 +343,9 @@ impl<'a> Arrival<'a> {
             Message::Machine(body) if self.step == DestStep::Loading => {
                 self.make_machine(&body).map(|()| None)
             }
-            Message::Barrier { pass } => self.on_barrier(pass).map(|()| None),
+            Message::Barrier { pass } if self.step == DestStep::Loading => {
+                self.on_barrier(pass).map(|()| None)
+            }
             Message::State(bytes) if self.step == DestStep::Loading => {
                 if let Some(session) = &mut self.session {
                     session.state = Some(bytes);
@@ -328,10 +367,7 @@ impl<'a> Arrival<'a> {
             Message::Released if self.step == DestStep::Running && !self.is_fetching() => {
                 Ok(Some(self.part()))
             }
-            other => {
-                self.fail(format!("{} does not belong here", other.kind()))?;
-                Ok(None)
-            }
+            other => self.on_nonsense(&format!("{} does not belong here", other.kind())).map(|()| None),
         }
     }
 }

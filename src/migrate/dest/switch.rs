@@ -9,6 +9,7 @@ use crate::migrate::wires::FAREWELL;
 use crate::switchover::{DestAction, DestInput, DestStep};
 use crate::wire::{self, Message};
 
+use super::tell::Lost;
 use super::{Arrival, Arrived, Event, Session, failed};
 
 impl Arrival<'_> {
@@ -21,7 +22,7 @@ impl Arrival<'_> {
             if let Some(pager) = &session.pager {
                 pager.disconnect();
             }
-            session.waiting_since = Some(Instant::now());
+            session.lost = Some(Lost::now(why));
         }
         // Where that ends the attempt, the reason is the link's.
         let _ = self.input(DestInput::LinkLost);
@@ -32,6 +33,15 @@ impl Arrival<'_> {
                 Ok(())
             }
             _ => Err(MigrateError::new(Ending::PeerFailed, Side::Link, why)),
+        }
+    }
+
+    /// The source says what it may not. Before READY that ends the attempt; after it the guest is not to
+    /// be dropped for that (S4): the connection ends, and what has come is kept.
+    pub(super) fn on_nonsense(&mut self, what: &str) -> Result<(), MigrateError> {
+        match self.step {
+            DestStep::Loading | DestStep::Refused => self.fail(what),
+            DestStep::InDoubt | DestStep::Running => self.on_lost(what),
         }
     }
 
@@ -74,7 +84,7 @@ impl Arrival<'_> {
     }
 
     /// Every tick: does a signal want us to stop, is `vmrun` still there, has the source been away for too long?
-    pub(super) fn look_after(&mut self) -> Result<Option<Arrived>, MigrateError> {
+    pub(crate) fn look_after(&mut self) -> Result<Option<Arrived>, MigrateError> {
         match self.signal.swap(0, Ordering::Relaxed) {
             0 => {}
             signal => self.on_signal(signal as i32)?,
@@ -82,16 +92,26 @@ impl Arrival<'_> {
         if !self.host.client.is_alive() {
             return self.on_host_gone().map(|()| None);
         }
-        let away = self.session.as_ref().and_then(|s| s.waiting_since).map(|since| since.elapsed());
+        let away = self.session.as_ref().and_then(|s| s.lost.as_ref()).map(|lost| lost.since.elapsed());
         if let Some(away) = away {
             let fetching = self.session.as_ref().map_or(0, Session::fetching);
-            if self.step == DestStep::Running && fetching == 0 && away > self.options.linger {
+            let comes_back = self.options.listen.takes_many();
+            if self.step == DestStep::Running && fetching == 0 && (away > self.options.linger || !comes_back)
+            {
                 self.observer.note("the source did not come back to take leave; the guest runs here");
                 return Ok(Some(self.finish()));
             }
-            if !self.options.listen.takes_many() && self.step == DestStep::InDoubt {
+            if !comes_back && self.step == DestStep::InDoubt {
                 let what = "the connection is lost and cannot come again; vmrun holds the guest for the source's word";
                 return Err(MigrateError::new(Ending::Unknown, Side::Link, what));
+            }
+            if !comes_back && self.step == DestStep::Running {
+                let what = format!(
+                    "the connection is lost and cannot come again; the guest runs here and lacks {fetching} pages: \
+                     `vmrecv --resume --control {} LISTEN`, then `vmsend --resume --vm SOCK DEST` with that address go on",
+                    self.options.host.control.display()
+                );
+                return Err(MigrateError::new(Ending::Resumable, Side::Link, what));
             }
         }
         Ok(None)
@@ -122,17 +142,22 @@ impl Arrival<'_> {
         }
     }
 
-    /// Something here failed: before READY the source is told and goes on.
+    /// Something here failed, or the source does not keep to the protocol: before READY it is told, and
+    /// goes on. After that the guest is promised or runs here, and no more than the connection is lost.
     pub(super) fn fail(&mut self, why: impl std::fmt::Display) -> Result<(), MigrateError> {
         let error = failed(why);
-        if self.step == DestStep::Loading {
-            let (step, _) = self.step.on(DestInput::LoadFailed);
-            self.step = step;
-            let abort = wire::Abort { side: wire::Side::Destination, reason: error.cause.clone() };
-            let _ = self.say(&Message::Abort(abort));
-            self.drop_session();
+        match self.step {
+            DestStep::Loading => {
+                let (step, _) = self.step.on(DestInput::LoadFailed);
+                self.step = step;
+                let abort = wire::Abort { side: wire::Side::Destination, reason: error.cause.clone() };
+                let _ = self.say(&Message::Abort(abort));
+                self.drop_session();
+                Err(error)
+            }
+            DestStep::InDoubt | DestStep::Running => self.on_lost(&error.cause),
+            DestStep::Refused => Err(error),
         }
-        Err(error)
     }
 
     /// Lets the pure machine decide, and does what it says.
@@ -184,10 +209,14 @@ impl Arrival<'_> {
                 let running = Message::Running(wire::Running { run_us: session.run_us });
                 self.say(&running)
             }
-            DestAction::GiveUp => {
-                let _ = self.host.client.revoke(attempt);
-                Ok(())
-            }
+            // Of an acknowledged guest REVOKED may be said only when vmrun has let it go: it may have
+            // been let run on an operator's word.
+            DestAction::GiveUp => match self.host.client.revoke(attempt) {
+                Err(error) if self.step == DestStep::InDoubt => {
+                    Err(MigrateError::new(Ending::Unknown, Side::Destination, error))
+                }
+                _ => Ok(()),
+            },
             DestAction::SendRevoked => self.say(&Message::Revoked),
             DestAction::SendAbort => {
                 let reason = "the destination could not load the guest".to_owned();

@@ -1,4 +1,5 @@
-//! The places of those who have not said yet who they are.
+//! The places of those who are not taken in: who have not said yet who they are, wait for an answer, or
+//! are being turned away.
 //!
 //! When all are taken, a newcomer gets that of the caller who has been heard longest, among those of
 //! the address that has the most places: so many callers of one address are in each other's way first,
@@ -37,7 +38,7 @@ struct Seat {
 
 /// A place, free again when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub struct Place {
     places: Places,
     number: u64,
 }
@@ -63,6 +64,12 @@ impl Places {
 }
 
 impl Taken {
+    #[cfg(any(test, fuzzing))]
+    fn of_one(token: CancelToken) -> Self {
+        let seat = Seat { number: 0, address: String::new(), since: Instant::now(), token };
+        Self { seats: vec![seat], next: 1 }
+    }
+
     /// Whether somebody had to go.
     fn make_room(&mut self) -> bool {
         let mut counts = HashMap::<&str, usize>::new();
@@ -79,7 +86,13 @@ impl Taken {
 }
 
 impl Place {
-    /// Gives it back; false when it was given to somebody else meanwhile.
+    /// A place at a door of its own, for a caller that came by none.
+    #[cfg(any(test, fuzzing))]
+    pub fn alone(token: CancelToken) -> Self {
+        Self { number: 0, places: Places(Arc::new(Mutex::new(Taken::of_one(token)))) }
+    }
+
+    /// Gives it back; false when it was given to somebody else meanwhile, which ends the connection.
     pub fn leave(&self) -> bool {
         let mut taken = self.places.lock();
         let before = taken.seats.len();
@@ -102,12 +115,9 @@ mod tests {
         CancelToken::new().unwrap()
     }
 
-    /// As if everybody had been here for a while.
-    fn age(places: &Places) {
-        let mut taken = places.lock();
-        for seat in &mut taken.seats {
-            seat.since -= GRACE;
-        }
+    /// As if everybody had come at that time.
+    fn came_at(places: &Places, since: Instant) {
+        places.lock().seats.iter_mut().for_each(|seat| seat.since = since);
     }
 
     #[test]
@@ -118,9 +128,10 @@ mod tests {
         let slow = places.take("tcp:192.0.2.2:1", &first).unwrap();
         let others: Vec<_> =
             (2..MAX_CALLERS).map(|n| places.take(&format!("tcp:192.0.2.2:{n}"), &token()).unwrap()).collect();
-        // Nobody goes who has just come.
+        // Nobody goes who has just come, or, since this may have taken its time, will have.
+        came_at(&places, Instant::now() + GRACE * 1000);
         assert!(places.take("tcp:192.0.2.3:1", &token()).is_none());
-        age(&places);
+        came_at(&places, Instant::now() - GRACE);
         let newcomer = places.take("tcp:192.0.2.3:1", &token()).unwrap();
         assert!(first.reason().is_some() && honest.reason().is_none());
         assert!(!slow.leave() && newcomer.leave());

@@ -44,7 +44,8 @@ impl Pager {
                     }
                     None => self.ram.zero(span)?,
                 }
-                let marked = self.mark(some);
+                let count = if data.is_some() { &self.data_pages } else { &self.zero_pages };
+                let marked = self.mark(some, count);
                 is_whole |= marked.is_whole;
                 is_last |= marked.is_last;
             }

@@ -12,6 +12,7 @@ use crate::control::Postcopy;
 use crate::memory::{Granule, GuestPhysAddr, PAGE_BYTES, PageIndex, PageRun, PageSet, RamMap, VmmAddr};
 use crate::migrate::ram::Ram;
 use crate::sys::bitmap::SharedBitmap;
+use crate::sys::schedule;
 use crate::sys::uffd::{FaultFd, Placed};
 use crate::transport::Sender;
 use crate::wire::Message;
@@ -38,8 +39,8 @@ pub struct Pager {
     /// Where requests go while there is a connection.
     line: Mutex<Option<Sender>>,
     latency: Histogram,
-    data_pages: AtomicU64,
-    zero_pages: AtomicU64,
+    pub(super) data_pages: AtomicU64,
+    pub(super) zero_pages: AtomicU64,
     pub(super) stop: AtomicBool,
     complete: OnceLock<Complete>,
 }
@@ -155,7 +156,7 @@ impl Pager {
         self.latency.read()
     }
 
-    /// Data pages and zero pages placed.
+    /// Data pages and zero pages placed, each once however often it came.
     pub fn counts(&self) -> (u64, u64) {
         (self.data_pages.load(Ordering::Relaxed), self.zero_pages.load(Ordering::Relaxed))
     }
@@ -189,7 +190,6 @@ impl Pager {
 
     /// Puts `data` to the pages of `run`, each page whole and only where it is missing.
     pub fn place(&self, run: PageRun, data: &[u8]) -> io::Result<()> {
-        self.data_pages.fetch_add(run.pages, Ordering::Relaxed);
         if self.granule != Granule::SMALL {
             return self.fill(run, Some(data));
         }
@@ -205,7 +205,7 @@ impl Pager {
                     // There already, though not marked: its receiver died between the two.
                     Placed::Exists => 1,
                 };
-                self.arrived(PageRun { first: rest.first, pages });
+                self.arrived(PageRun { first: rest.first, pages }, &self.data_pages);
                 rest = PageRun { first: PageIndex(rest.first.0 + pages), pages: rest.pages - pages };
             }
         }
@@ -214,7 +214,6 @@ impl Pager {
 
     /// Makes the pages of `run` zero where they are missing.
     pub fn place_zero(&self, run: PageRun) -> io::Result<()> {
-        self.zero_pages.fetch_add(run.pages, Ordering::Relaxed);
         if self.granule != Granule::SMALL {
             return self.fill(run, None);
         }
@@ -222,24 +221,26 @@ impl Pager {
         for page in lacking.iter().flat_map(|part| part.first.0..part.first.0 + part.pages) {
             let first = PageIndex(page);
             self.faults.zero(self.address(first)?.0)?;
-            self.arrived(PageRun { first, pages: 1 });
+            self.arrived(PageRun { first, pages: 1 }, &self.zero_pages);
         }
         Ok(())
     }
 
     /// Notes pages that were placed, and ends the waits for them.
-    fn arrived(&self, run: PageRun) {
-        if self.mark(run).is_last {
+    fn arrived(&self, run: PageRun, count: &AtomicU64) {
+        if self.mark(run, count).is_last {
             self.tell_if_complete();
         }
     }
 
-    /// Marks pages that were placed: of one huge page, or small ones.
-    pub(super) fn mark(&self, run: PageRun) -> Marked {
+    /// Marks pages that were placed, of one huge page or small ones; adds those to `count` that were
+    /// missing.
+    pub(super) fn mark(&self, run: PageRun, count: &AtomicU64) -> Marked {
         let mut marked = Marked::default();
         let mut wanted = self.wanted();
         for page in run.first.0..run.first.0 + run.pages {
             let arrival = wanted.arrived(page);
+            count.fetch_add(u64::from(arrival.is_new), Ordering::Relaxed);
             arrival.waited_since.into_iter().for_each(|since| self.latency.add(since.elapsed()));
             marked.is_whole |= arrival.is_whole;
             marked.is_last |= arrival.is_last;
@@ -256,6 +257,7 @@ impl Pager {
     }
 
     fn serve(&self) -> io::Result<()> {
+        schedule::log_unchanged("the pager", schedule::be_prompt());
         while !self.stop.load(Ordering::Acquire) {
             let mut fds = [PollFd::new(self.faults.as_fd(), PollFlags::POLLIN)];
             match nix::poll::poll(&mut fds, STEP_MS) {
@@ -338,11 +340,12 @@ impl Pager {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many pages (huge ones where the RAM is made of them) somebody waits for now, and how long the
-    /// first of them has been waited for.
-    pub fn waits(&self) -> (u64, Duration) {
+    /// How many pages (huge ones where the RAM is made of them) somebody waits for now, which of them has
+    /// been waited for longest, and for how long.
+    pub fn waits(&self) -> (u64, Option<(PageIndex, Duration)>) {
         let wanted = self.wanted();
-        let longest = wanted.waits().map(|(_, since)| since.elapsed()).max();
-        (wanted.waits().count() as u64, longest.unwrap_or_default())
+        let first = wanted.waits().min_by_key(|(_, since)| *since);
+        let first = first.map(|(page, since)| (PageIndex(page), since.elapsed()));
+        (wanted.waits().count() as u64, first)
     }
 }

@@ -2,13 +2,18 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::memory::{Granule, PageIndex};
 use crate::transport::{RateLimiter, Sender};
 use crate::wire::RunTable;
 
 use crate::migrate::bulk::{Counters, Views, WorkError, send_chunk};
 use crate::migrate::queue::Chunk;
 
-use super::owed::Owed;
+use super::owed::{Answer, Owed};
+
+/// Pages of one frame of an answer, where many are asked for at once: whoever waits for a huge page waits
+/// for all of them.
+const ANSWER_PAGES: u64 = 64;
 
 /// Sends what is owed to the destination. Each page is taken out of what is owed before it is sent.
 #[derive(Debug)]
@@ -18,12 +23,19 @@ pub struct PageServer {
     urgent: Mutex<usize>,
     /// No request is being answered any more.
     calm: Condvar,
+    /// Pages that went a second time: what both sides compare has each page once.
+    again: Counters,
 }
 
 impl PageServer {
     /// Owes `owed`.
     pub fn new(owed: Owed) -> Self {
-        Self { owed: Mutex::new(owed), urgent: Mutex::new(0), calm: Condvar::new() }
+        Self {
+            owed: Mutex::new(owed),
+            urgent: Mutex::new(0),
+            calm: Condvar::new(),
+            again: Counters::default(),
+        }
     }
 
     /// Pages that have not been sent.
@@ -31,12 +43,19 @@ impl PageServer {
         self.owed().left()
     }
 
+    /// Pages that were never sent, on no connection.
+    pub fn unsent(&self) -> u64 {
+        self.owed().unsent()
+    }
+
     /// What has not been sent, as it is now.
     pub fn owed_now(&self) -> Owed {
         self.owed().clone()
     }
 
-    /// Answers a request on the urgent channel: each page, and a few behind it.
+    /// Answers a request on the urgent channel: each page, and some around it; what is asked of one huge
+    /// page in few frames. What the background has sent already goes again, past all that waits in its
+    /// channels.
     pub fn answer(
         &self,
         pages: &[u64],
@@ -46,10 +65,17 @@ impl PageServer {
     ) -> Result<(), WorkError> {
         *self.urgent() += 1;
         let mut table = RunTable::new();
-        let result = pages.iter().try_for_each(|page| {
-            let chunk = Chunk { pages: self.owed().answer(*page), zero: vec![] };
-            send_chunk(&chunk, &mut table, urgent, views, counters, None)
-        });
+        let result = frames(
+            pages,
+            |page| self.owed().answer(page),
+            |answer| {
+                let (pages, counters) = match answer {
+                    Answer::First(pages) => (pages, counters),
+                    Answer::Again(pages) => (pages, &self.again),
+                };
+                send_chunk(&Chunk { pages, zero: vec![] }, &mut table, urgent, views, counters, None)
+            },
+        );
         let mut urgent = self.urgent();
         *urgent -= 1;
         if *urgent == 0 {
@@ -86,5 +112,59 @@ impl PageServer {
 
     fn urgent(&self) -> MutexGuard<'_, usize> {
         self.urgent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Collects the answers (`answer`) to `pages` into frames, which go out through `send`: one for each page,
+/// but for pages of the same huge page as few as [`ANSWER_PAGES`] allows.
+fn frames<E>(
+    pages: &[u64],
+    mut answer: impl FnMut(u64) -> Answer,
+    mut send: impl FnMut(Answer) -> Result<(), E>,
+) -> Result<(), E> {
+    let (mut runs, mut held, mut around) = (Vec::new(), 0, None);
+    for page in pages {
+        let whole = Some(Granule::HUGE.around(PageIndex(*page)).first);
+        if held > 0 && (held >= ANSWER_PAGES || whole != around) {
+            send(Answer::First(std::mem::take(&mut runs)))?;
+            held = 0;
+        }
+        around = whole;
+        match answer(*page) {
+            Answer::First(more) => {
+                held += more.iter().map(|run| run.pages).sum::<u64>();
+                runs.extend(more);
+            }
+            again => send(again)?,
+        }
+    }
+    if held > 0 { send(Answer::First(runs)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::PageSet;
+
+    fn sent(asked: &[u64]) -> Vec<u64> {
+        let mut owed = Owed::new(PageSet::full(2048), PageSet::new(2048));
+        let mut frames_of = Vec::new();
+        let send = |answer: Answer| {
+            let Answer::First(runs) = answer else { panic!("nothing was pushed") };
+            frames_of.push(runs.iter().map(|run| run.pages).sum());
+            Ok::<(), ()>(())
+        };
+        frames(asked, |page| owed.answer(page), send).unwrap();
+        frames_of
+    }
+
+    #[test]
+    fn few_frames_for_a_huge_page_and_one_for_each_that_stands_alone() {
+        let whole: Vec<u64> = (512..1024).collect();
+        assert_eq!(sent(&whole), [64; 8]);
+        // What is owed no more has no frame; what goes along with a page may be of the next huge page.
+        assert_eq!(sent(&[3, 700, 1500, 1500]), [8, 8, 8]);
+        assert_eq!(sent(&[1020, 1023, 1024, 1100]), [8, 8 + 16]);
+        assert_eq!(sent(&[]), [0; 0]);
     }
 }

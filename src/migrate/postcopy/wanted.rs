@@ -62,6 +62,8 @@ pub enum Fault {
 /// What an arrival ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival<T> {
+    /// The page was missing.
+    pub is_new: bool,
     /// Since when somebody had waited for the granule that is whole now.
     pub waited_since: Option<T>,
     /// Nothing of the page's granule is missing: it may be seen.
@@ -133,7 +135,7 @@ impl<M: Marks, T: Copy> Wanted<M, T> {
         let whole = self.granule.around(PageIndex(page));
         let is_whole = self.is_whole(whole);
         let waited_since = if is_whole { self.waits.remove(&whole.first.0) } else { None };
-        Arrival { waited_since, is_whole, is_last: was_missing && self.missing == 0 }
+        Arrival { is_new: was_missing, waited_since, is_whole, is_last: was_missing && self.missing == 0 }
     }
 
     /// What is waited for, by the first pages of the granules, and since when.
@@ -154,10 +156,11 @@ mod tests {
         assert_eq!(wanted.fault(1, 3), Fault::Asked);
         let all = PageRun { first: PageIndex(0), pages: 4 };
         assert_eq!(wanted.lacking(all), [PageRun { first: PageIndex(1), pages: 2 }]);
-        let nothing = Arrival { waited_since: None, is_whole: true, is_last: false };
-        assert_eq!(wanted.arrived(2), nothing);
+        let nothing = Arrival { is_new: false, waited_since: None, is_whole: true, is_last: false };
+        assert_eq!(wanted.arrived(2), Arrival { is_new: true, ..nothing });
         assert_eq!(wanted.waits().collect::<Vec<_>>(), [(1, 2)]);
-        assert_eq!(wanted.arrived(1), Arrival { waited_since: Some(2), is_last: true, ..nothing });
+        let last = Arrival { is_new: true, waited_since: Some(2), is_last: true, ..nothing };
+        assert_eq!(wanted.arrived(1), last);
         // Again, and pages that are none: nothing happens twice.
         assert_eq!(wanted.arrived(1), nothing);
         assert_eq!(wanted.arrived(4), Arrival { is_whole: false, ..nothing });
@@ -176,7 +179,7 @@ mod tests {
         assert_eq!(wanted.fault(700, 3), Fault::Asked);
         let run = |first, pages| PageRun { first: PageIndex(first), pages };
         assert_eq!(wanted.lacking(Granule::HUGE.around(PageIndex(700))), [run(600, 1), run(700, 2)]);
-        let held = Arrival { waited_since: None, is_whole: false, is_last: false };
+        let held = Arrival { is_new: true, waited_since: None, is_whole: false, is_last: false };
         assert_eq!(wanted.arrived(701), held);
         assert_eq!(wanted.arrived(600), held);
         // What the next receiver finds is marked: the rest is asked for again, and nothing more.
@@ -186,7 +189,8 @@ mod tests {
         assert_eq!(next.lacking(Granule::HUGE.around(PageIndex(512))), [run(700, 1)]);
         for mut wanted in [wanted, next] {
             let since = wanted.waits().map(|(_, since)| since).next();
-            assert_eq!(wanted.arrived(700), Arrival { waited_since: since, is_whole: true, is_last: true });
+            let last = Arrival { is_new: true, waited_since: since, is_whole: true, is_last: true };
+            assert_eq!(wanted.arrived(700), last);
             assert_eq!((wanted.fault(700, 10), wanted.waits().count()), (Fault::Present, 0));
         }
     }

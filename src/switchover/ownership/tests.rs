@@ -102,6 +102,17 @@ fn a_refused_resume_says_where_the_guest_may_run_and_what_to_say() {
     assert!(text.contains("tcp:b:7070") && text.contains("--force --peer-fenced"), "{text}");
 }
 
+/// What the destination may still hold of it, the next session's HELLO ends.
+#[test]
+fn a_guest_that_was_given_back_is_still_known_by_its_session() {
+    let mut source = Ownership::Committed { attempt: at(A, 5), dest: "d".into() };
+    for _ in 0..2 {
+        source.peer_revoked(at(A, 5)).unwrap();
+        assert_eq!(source, Ownership::Sole { arrived: None, sending: Some(at(A, 5)) });
+    }
+    assert_eq!(source.attach(B), Ok(Some(at(A, 5))));
+}
+
 #[test]
 fn only_sole_may_run_and_all_survive_json() {
     for state in states() {

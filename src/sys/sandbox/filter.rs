@@ -30,6 +30,7 @@ const THREADS: &[c_long] = &[
     SYS_rseq,
     SYS_sched_yield,
     SYS_sched_getaffinity,
+    SYS_sched_getattr,
     SYS_gettid,
     SYS_membarrier,
     SYS_exit,
@@ -261,6 +262,8 @@ impl Filter {
         }
         match self {
             Self::Mover => {
+                // Being nicer, or prompt for the same share; more takes a capability, which is gone by now.
+                calls.insert(SYS_sched_setattr, vec![equal(0, 0)?]);
                 ioctls.push(masked(1, IOCTL_LETTER, USERFAULTFD)?);
                 // To ask for the holes of huge pages. UFFD_USER_MODE_ONLY: it never holds up the kernel.
                 calls.insert(SYS_userfaultfd, vec![masked(0, 1, 1)?]);

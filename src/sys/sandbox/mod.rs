@@ -13,6 +13,8 @@ mod paths;
 mod refused;
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::OnceLock;
 
 pub use caps::Keep;
@@ -31,13 +33,36 @@ pub struct Confinement {
     pub keep: Vec<Keep>,
 }
 
+impl Confinement {
+    /// The thread makes, replaces and removes files beside `path`.
+    pub fn change_beside(&mut self, path: &Path) {
+        self.allowed.change_beside(path);
+        self.use_path(path);
+    }
+
+    /// Root has to stay able to use the file at `path` where that, or its directory, is another user's.
+    pub fn use_path(&mut self, path: &Path) {
+        let us = nix::unistd::geteuid().as_raw();
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let foreign = |path: &Path| path.metadata().is_ok_and(|m| m.uid() != us);
+        // A directory of root's own, or one like /tmp that everybody may use, needs nothing.
+        let closed = |path: &Path| path.metadata().is_ok_and(|m| m.mode() & 0o003 != 0o003);
+        let needed = foreign(path) || (foreign(parent) && closed(parent));
+        if needed && !self.keep.contains(&Keep::DacOverride) {
+            self.keep.push(Keep::DacOverride);
+        }
+    }
+}
+
 /// What a thread of `vmrun` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum Role<'a> {
     /// Runs a vCPU: it is where a guest that breaks out finds itself.
     Vcpu,
     /// Serves a device, or does one piece of work, with what is open already.
     Worker,
+    /// The same, and makes and removes files beside that path.
+    Keeper(&'a Path),
     /// Serves the control socket and writes session records, once the guest runs.
     Service,
 }
@@ -70,6 +95,11 @@ pub fn confine_thread(role: Role) -> io::Result<()> {
     match role {
         Role::Service => give_up("service", service),
         Role::Worker => give_up("worker", &Confinement::default()),
+        Role::Keeper(path) => {
+            let mut confinement = Confinement::default();
+            confinement.change_beside(path);
+            give_up("worker", &confinement)
+        }
         Role::Vcpu => {
             let mut confinement = Confinement::default();
             // For the backtrace of a panic.
@@ -80,9 +110,10 @@ pub fn confine_thread(role: Role) -> io::Result<()> {
     }
 }
 
-/// [`confine_thread`] for a thread that works on all the same where that fails, which is told.
-pub fn confine_worker() {
-    if let Err(error) = confine_thread(Role::Worker) {
+/// [`confine_thread`] for a thread that works on all the same where that fails, which is told; `beside`
+/// is the path of [`Role::Keeper`].
+pub fn confine_worker(beside: Option<&Path>) {
+    if let Err(error) = confine_thread(beside.map_or(Role::Worker, Role::Keeper)) {
         tracing::warn!("sandbox: a thread cannot be confined further: {error}");
     }
 }
@@ -112,14 +143,27 @@ fn apply(filter: Filter) -> io::Result<()> {
         .try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
 }
 
-/// Tries a system call that no filter allows, where the environment variable VMFERRY_FORBIDDEN names
-/// `place`: for tests, and nowhere else.
+/// Tries what is forbidden, where the environment variable VMFERRY_FORBIDDEN names `place`: a system call
+/// that no filter allows; with `place:file` or `place:port` a file or a TCP port that landlock does not
+/// name; with `place:panic` it panics, for the backtrace. For tests, and nowhere else.
 #[cfg(feature = "fault-points")]
 pub fn try_forbidden(place: &str) {
-    if std::env::var("VMFERRY_FORBIDDEN").as_deref() == Ok(place) {
-        // SAFETY: no such request exists, so that it changes nothing where it is let through.
-        let rc = unsafe { libc::syscall(libc::SYS_ptrace, -1, 0, 0, 0) };
-        tracing::info!("ptrace gave {rc}: {}", io::Error::last_os_error());
+    let Ok(wanted) = std::env::var("VMFERRY_FORBIDDEN") else { return };
+    let Some(what) = wanted.strip_prefix(place) else { return };
+    match what {
+        "" => {
+            // SAFETY: no such request exists, so that it changes nothing where it is let through.
+            let rc = unsafe { libc::syscall(libc::SYS_ptrace, -1, 0, 0, 0) };
+            tracing::info!("ptrace gave {rc}: {}", io::Error::last_os_error());
+        }
+        ":file" => tracing::warn!("the file gave {:?}", std::fs::File::open("/etc/passwd").map(drop)),
+        ":port" => {
+            // Nobody listens there: ECONNREFUSED where it is let through.
+            let port = std::net::TcpStream::connect("127.0.0.1:1").map(drop);
+            tracing::warn!("the port gave {port:?}");
+        }
+        ":panic" => panic!("as it was asked to"),
+        _ => {}
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) fn start(
     deliver: impl Fn(&[u8]) -> usize + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name("serial-in".into()).spawn(move || {
-        sandbox::confine_worker();
+        sandbox::confine_worker(None);
         let mut pending: Vec<u8> = Vec::new();
         let mut ended = false;
         while !gate.quit.load(Ordering::SeqCst) {

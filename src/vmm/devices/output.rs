@@ -68,7 +68,7 @@ impl Output {
         let shared = Arc::new(Shared::default());
         let writer = Arc::clone(&shared);
         let thread = thread::Builder::new().name("serial-out".into()).spawn(move || {
-            sandbox::confine_worker();
+            sandbox::confine_worker(None);
             write_all(&writer, file, lossy);
         })?;
         Ok((Self(Some(Arc::clone(&shared))), Writer { shared: Some(shared), thread: Some(thread) }))

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use super::{Handled, Service};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chore {
     Record,
+    ReadyRecord,
     Prepare,
     DirtyStart,
     DirtyStop,
@@ -30,6 +31,7 @@ impl Chore {
     pub fn awaited(self) -> &'static str {
         match self {
             Self::Record => "the session record to be on disk",
+            Self::ReadyRecord => "a file for the session record",
             Self::Prepare => "the machine to be made",
             Self::DirtyStart => "the dirty log to be turned on",
             Self::DirtyStop => "the dirty log to be turned off",
@@ -94,14 +96,10 @@ impl Beside {
     }
 
     /// Waits until all is done, for `limit` at most for each chore.
-    pub fn drain(&mut self, limit: Duration) -> bool {
-        while self.open > 0 {
-            match self.done.recv_timeout(limit) {
-                Ok(_) => self.open -= 1,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return false,
-            }
+    pub fn drain(&mut self, limit: Duration) {
+        while self.open > 0 && self.done.recv_timeout(limit).is_ok() {
+            self.open -= 1;
         }
-        true
     }
 }
 
@@ -112,6 +110,7 @@ fn stall(chore: Chore) {
     let Ok(stall) = std::env::var("VMFERRY_STALL") else { return };
     let name = match chore {
         Chore::Record => "record",
+        Chore::ReadyRecord => "ready-record",
         Chore::Prepare => "prepare",
         Chore::DirtyStart => "dirty-start",
         Chore::DirtyStop => "dirty-stop",

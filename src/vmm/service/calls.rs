@@ -51,6 +51,7 @@ impl Deferred {
                 request: Request::Hello { .. }
                     | Request::Status
                     | Request::Events
+                    | Request::Report { .. }
                     | Request::Machine
                     | Request::Ram,
                 ..
@@ -151,17 +152,18 @@ impl Service {
 
     /// Tells those who have waited long enough that they have to wait.
     pub(super) fn tell_pending(&mut self) {
-        for wait in self.waits.iter_mut().filter(|w| !w.told && w.since.elapsed() >= PENDING_AFTER) {
+        let is_due = |w: &Wait| !w.told && w.since.elapsed() >= PENDING_AFTER;
+        let pause = self.waits.iter().any(|w| is_due(w) && w.task == Task::Pause);
+        let pause_awaited = if pause { self.pause_awaited() } else { String::new() };
+        for wait in self.waits.iter_mut().filter(|w| is_due(w)) {
             wait.told = true;
-            self.server.pending(
-                wait.reply,
-                match wait.task {
-                    Task::Pause => "the vCPUs to leave guest mode",
-                    Task::Export => "the state of vCPUs and devices to be saved",
-                    Task::Import => "devices and vCPUs to be restored",
-                    Task::Chore(chore) => chore.awaited(),
-                },
-            );
+            let awaited = match wait.task {
+                Task::Pause => &pause_awaited,
+                Task::Export => "the state of vCPUs and devices to be saved",
+                Task::Import => "devices and vCPUs to be restored",
+                Task::Chore(chore) => chore.awaited(),
+            };
+            self.server.pending(wait.reply, awaited);
         }
         let Some(under_way) = self.chores.front() else { return };
         for came in &mut self.deferred {

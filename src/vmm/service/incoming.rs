@@ -10,6 +10,7 @@ use super::beside::Chore;
 use super::calls::Task;
 use super::hosted::{Activity, Hosted, failed};
 use super::lease::PausedBy;
+use super::told::Told;
 use super::{Handled, Reply, Service};
 use crate::control::{ConnectionId, Failure, FailureCode, Imported, Prepared, Remap};
 use crate::state::{MAX_STATE_BYTES, MachineDescription};
@@ -45,9 +46,11 @@ impl Service {
     fn prepared(&mut self, from: ConnectionId, attempt: Attempt, hosted: Hosted) -> Handled {
         let (ram, fds) = hosted.ram()?;
         self.change(|o| o.prepare(attempt))?;
+        super::tell_terminal(&hosted.machine);
         self.hosted = Some(hosted);
         self.paused_by = PausedBy::default();
-        self.mover = Some(from);
+        self.set_mover(from);
+        self.make_record_ready();
         self.emit("run-state", None);
         Reply::with_fds(Prepared { ram }, fds)
     }
@@ -138,6 +141,7 @@ impl Service {
         self.change(|o| o.give_up(attempt))?;
         self.drop_machine();
         self.mover = None;
+        self.told = Told::default();
         self.emit("run-state", None);
         Reply::done()
     }
@@ -146,7 +150,7 @@ impl Service {
         self.alone(from)?;
         self.change(|o| o.renew(attempt))?;
         if self.hosted.is_some() {
-            self.mover = Some(from);
+            self.set_mover(from);
         }
         Reply::now(self.status())
     }

@@ -159,6 +159,7 @@ impl Service {
     /// The mover is not there any more, or counts no more: its dirty log goes.
     pub(super) fn forget_mover(&mut self) {
         self.mover = None;
+        self.told.is_gone();
         let _ = self.stop_dirty_log(|_, stopped| {
             if let Err(e) = stopped {
                 tracing::warn!("cannot turn the dirty log off: {e}");

@@ -15,9 +15,10 @@ mod outgoing;
 mod postcopy;
 mod record;
 mod report;
+mod told;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -33,6 +34,7 @@ use self::ending::Signals;
 use self::hosted::{Activity, Hosted};
 use self::lease::PausedBy;
 use self::record::RecordFile;
+use self::told::Told;
 use super::{LocalConfig, Machine, MachineConfig, Notice, NoticeSender, VmmError};
 use crate::control::{BindError, ConnectionId, Failure, FailureCode, Request, Server};
 use crate::switchover::{OperatorWord, Ownership, Refusal};
@@ -88,6 +90,9 @@ pub struct Service {
     paused_by: PausedBy,
     /// The connection of the sender or receiver, while it lives.
     mover: Option<ConnectionId>,
+    told: Told,
+    /// The control socket, in words.
+    control: String,
     listeners: BTreeSet<ConnectionId>,
     waits: Vec<Wait>,
     beside: Beside,
@@ -123,6 +128,8 @@ impl Service {
             ownership: Ownership::empty(),
             paused_by: PausedBy::default(),
             mover: None,
+            told: Told::default(),
+            control: control.map(|path| path.display().to_string()).unwrap_or_default(),
             listeners: BTreeSet::new(),
             waits: Vec::new(),
             beside: Beside::start()?,
@@ -139,7 +146,9 @@ impl Service {
     /// Boots a machine; it runs as soon as [`Service::run`] does, unless it is to start `paused`.
     pub fn boot(&mut self, config: &MachineConfig, paused: bool) -> Result<(), ServiceError> {
         let (sender, notices) = NoticeSender::channel()?;
-        self.hosted = Some(Hosted::new(Machine::boot(config, sender)?, notices, true));
+        let machine = Machine::boot(config, sender)?;
+        tell_terminal(&machine);
+        self.hosted = Some(Hosted::new(machine, notices, true));
         self.ownership = Ownership::booted();
         self.paused_by.operator = paused;
         Ok(())
@@ -224,6 +233,7 @@ impl Service {
         match request {
             Request::Hello { .. } => Reply::done(),
             Request::Status => Reply::now(self.status()),
+            Request::Report { report } => self.report(from, *report),
             Request::Events => {
                 self.listeners.insert(from);
                 Reply::done()
@@ -328,6 +338,18 @@ impl Service {
         })
     }
 
+    /// A migration begins: its record is written while the guest stands still, into a file that is made
+    /// now. A disk that does not take it now is asked again then.
+    fn make_record_ready(&mut self) {
+        let Some(record) = self.record.clone() else { return };
+        self.beside.give(Chore::ReadyRecord, move || {
+            if let Err(e) = record.make_ready() {
+                tracing::warn!("no file can be made for the session record {}: {e}", record.path().display());
+            }
+            None
+        });
+    }
+
     fn set_ownership(&mut self, next: Ownership) {
         if next != self.ownership {
             self.ownership = next;
@@ -367,17 +389,24 @@ impl Service {
             // Whatever is still asked gets no answer: the connection ends.
             self.server.dispatch()?;
         }
-        let held = self.held();
-        if let Some(hosted) = self.hosted.take() {
+        let (held, hosted) = (self.held(), self.hosted.take());
+        if let Some(hosted) = &hosted {
             hosted.machine.stop();
         }
-        // After what is still to be written; where that does not end, the record stays, and is told.
-        let settled = self.beside.drain(LAST_WORDS);
-        if let Some(record) = self.record.as_ref().filter(|_| !held && settled)
-            && let Err(e) = record.remove()
-        {
-            tracing::warn!("session record {}: {e}", record.path().display());
+        // After what is still to be written, where the disk lets it.
+        self.beside.drain(LAST_WORDS);
+        match &self.record {
+            Some(record) if held => record.clear(),
+            Some(record) => {
+                if let Err(e) = record.end() {
+                    tracing::warn!("session record {}: {e}", record.path().display());
+                }
+            }
+            None => {}
         }
+        // Nobody waits for an answer while KVM and the memory go, which may take a second.
+        drop(self.server);
+        drop(hosted);
         Ok(self.ending.take().unwrap_or(Ending::Quit))
     }
 }
@@ -409,6 +438,13 @@ fn open_record(control: &Path) -> Result<RecordFile, ServiceError> {
         );
     }
     Ok(record)
+}
+
+/// Prints where the serial port is to be found, where a pseudo-terminal was made for it.
+fn tell_terminal(machine: &Machine) {
+    if let Some(path) = machine.serial_path() {
+        let _ = writeln!(io::stderr(), "vmrun: the serial port is {}", path.display());
+    }
 }
 
 fn now_ms() -> u64 {

@@ -31,9 +31,16 @@ impl Service {
                 let superseded = self.change(|o| o.attach(session))?;
                 self.attach_as(from, Attempt { session, epoch: 1 }, superseded, dest)
             }
-            None => self.change_recorded(Ownership::reattach, move |service, attempt| {
-                service.attach_as(from, attempt, None, dest)
-            }),
+            None => {
+                let now_at = dest.clone();
+                self.change_recorded(
+                    move |o| {
+                        o.redirect(&now_at);
+                        o.reattach()
+                    },
+                    move |service, attempt| service.attach_as(from, attempt, None, dest),
+                )
+            }
         }
     }
 
@@ -44,7 +51,8 @@ impl Service {
         superseded: Option<Attempt>,
         dest: String,
     ) -> Handled {
-        self.mover = Some(from);
+        self.set_mover(from);
+        self.make_record_ready();
         if !self.ownership.may_run() {
             // Taken back (REVOKED), the guest waits for this mover's word as it would have before.
             self.paused_by.leases.insert(from);
@@ -177,6 +185,9 @@ impl Service {
                 _ => String::new(),
             };
             service.change(|o| o.released(attempt))?;
+            if let Ok(hosted) = service.live() {
+                hosted.machine.let_go();
+            }
             service.emit("migrated", Some(format!("the guest runs at {dest}")));
             if !keep {
                 service.ending.get_or_insert(Ending::Migrated { dest });

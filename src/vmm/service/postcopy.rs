@@ -23,7 +23,8 @@ pub(super) struct Fetching {
     faults: FaultFd,
     memfd: File,
     present: SharedBitmap,
-    listen: String,
+    /// Where its receiver listens, or has listened.
+    pub listen: String,
     since: Instant,
 }
 
@@ -94,7 +95,7 @@ impl Service {
         let (answer, mut fds) = self.postcopy_answer()?;
         let (_, memfds) = self.live()?.ram()?;
         fds.extend(memfds);
-        self.mover = Some(from);
+        self.set_mover(from);
         Reply::with_fds(answer, fds)
     }
 

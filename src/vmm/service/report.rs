@@ -10,6 +10,7 @@ impl Service {
     /// The status as it is now.
     pub(super) fn status(&self) -> Status {
         let description = self.hosted.as_ref().map(|h| h.machine.describe());
+        let awaited = self.awaited();
         Status {
             run_state: self.run_state(),
             ownership: self.ownership.clone(),
@@ -24,6 +25,9 @@ impl Service {
             missing_pages: self.hosted.as_ref().and_then(|h| {
                 h.fetching.as_ref().map(|f| f.missing_pages(h.machine.ram().map().total_pages()))
             }),
+            // Of one that has gone there is something to tell while it is missed.
+            mover: self.mover_state().filter(|mover| !mover.gone || awaited.is_some()),
+            awaited,
             pid: std::process::id(),
         }
     }

@@ -47,6 +47,7 @@ pub(super) struct VcpuThread {
     fd: VcpuFd,
     common: Arc<Common>,
     slot: Arc<Slot>,
+    /// It has run, here or where it comes from.
     has_run: bool,
 }
 
@@ -151,10 +152,11 @@ impl VcpuThread {
         Some(GuestExit::Error(format!("vCPU {}: an instruction does not come to its end", self.number)))
     }
 
-    fn work(&self, job: Job) {
+    fn work(&mut self, job: Job) {
         match job {
             Job::Save(layout, round) => round.bring(self.number, self.save(&layout)),
             Job::Load(image, tsc, trap, round) => {
+                self.has_run = true;
                 round.bring(self.number, image.restore(&self.fd, &tsc, &trap));
             }
         }

@@ -1,6 +1,8 @@
 //! A disk (virtio 1.2, section 5.2): a raw image on the host.
 
+mod holder;
 mod image;
+mod ranges;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -10,10 +12,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
+use virtio_queue::Reader;
+use vm_memory::bitmap::BitmapSlice;
+use zerocopy::{FromZeros, IntoBytes};
 
 pub use image::ImageConfig;
 
@@ -21,6 +27,7 @@ use super::{Chain, ConfigSpace, Device, DeviceError, Io, Kind};
 use crate::state::VirtioBlockState;
 use crate::vmm::memory::TrackedMemory;
 use image::{DIRECT_BLOCK, Image, SECTOR};
+use ranges::{MAX_RANGES, MAX_SECTORS, Range};
 
 /// Its one queue.
 const QUEUE_SIZES: [u16; 1] = [128];
@@ -50,6 +57,8 @@ enum Failure {
     /// The driver's fault, or the host's.
     Error,
     Unsupported,
+    /// It was not ended: an order waits. It is begun anew, here or where the guest goes on.
+    Interrupted,
     /// The device cannot go on.
     Broken(DeviceError),
 }
@@ -87,6 +96,8 @@ impl Block {
         space.extend((u32::from(QUEUE_SIZES[0]) - 2).to_le_bytes());
         space.extend([0; 4]); // geometry: not offered
         space.extend(block_bytes.to_le_bytes());
+        space.extend([0; 12]); // topology, cache mode, more queues: not offered
+        space.extend(ranges::config());
         Ok(Self {
             id: id.into(),
             image,
@@ -100,8 +111,14 @@ impl Block {
         })
     }
 
-    /// Does one request and fills in its status; the number of bytes that are filled from the start.
-    fn request(&mut self, chain: Chain, memory: &TrackedMemory) -> Result<u32, DeviceError> {
+    /// Does one request and fills in its status; the number of bytes that are filled from the start. `None`
+    /// where it was interrupted: `wanted` says that an order waits.
+    fn request(
+        &mut self,
+        chain: Chain,
+        memory: &TrackedMemory,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Option<u32>, DeviceError> {
         let mut reader = chain.clone().reader(memory)?;
         let mut writer = chain.writer(memory)?;
         let room = writer.available_bytes().checked_sub(1);
@@ -112,9 +129,11 @@ impl Block {
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
         let done = match u32::from_le_bytes([a, b, c, d]) {
-            VIRTIO_BLK_T_IN => self.read(sector, room, &mut writer),
-            VIRTIO_BLK_T_OUT => self.write(sector, reader.available_bytes(), &mut reader),
+            VIRTIO_BLK_T_IN => self.read(sector, room, &mut writer, wanted),
+            VIRTIO_BLK_T_OUT => self.write(sector, reader.available_bytes(), &mut reader, wanted),
             VIRTIO_BLK_T_FLUSH => self.flush(),
+            VIRTIO_BLK_T_DISCARD => self.clear(false, &mut reader, wanted),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.clear(true, &mut reader, wanted),
             VIRTIO_BLK_T_GET_ID => self.tell_id(room, &mut writer),
             _ => Err(Failure::Unsupported),
         };
@@ -122,16 +141,24 @@ impl Block {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(Failure::Error) => VIRTIO_BLK_S_IOERR,
             Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+            Err(Failure::Interrupted) => return Ok(None),
             Err(Failure::Broken(e)) => return Err(e),
         };
         status.write_all(&[code as u8]).map_err(DeviceError::Memory)?;
         let filled = writer.bytes_written();
-        Ok((if filled == room { filled + 1 } else { filled }) as u32)
+        Ok(Some((if filled == room { filled + 1 } else { filled }) as u32))
     }
 
-    fn read(&mut self, sector: u64, bytes: usize, into: &mut impl Write) -> Result<(), Failure> {
+    fn read(
+        &mut self,
+        sector: u64,
+        bytes: usize,
+        into: &mut impl Write,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(), Failure> {
         let mut at = self.place(sector, bytes)?;
-        for bytes in chunks(bytes) {
+        for bytes in chunks(bytes, wanted) {
+            let bytes = bytes?;
             let (start, skip, whole) = self.span(at, bytes);
             let buffer = aligned(&mut self.bounce, whole);
             let done = self.image.file.read_exact_at(buffer, start);
@@ -144,12 +171,19 @@ impl Block {
         Ok(())
     }
 
-    fn write(&mut self, sector: u64, bytes: usize, from: &mut impl Read) -> Result<(), Failure> {
+    fn write(
+        &mut self,
+        sector: u64,
+        bytes: usize,
+        from: &mut impl Read,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(), Failure> {
         if self.image.readonly {
             return Err(Failure::Error);
         }
         let mut at = self.place(sector, bytes)?;
-        for bytes in chunks(bytes) {
+        for bytes in chunks(bytes, wanted) {
+            let bytes = bytes?;
             let (start, skip, whole) = self.span(at, bytes);
             let buffer = aligned(&mut self.bounce, whole);
             // What is around it in its blocks stays. Nobody else writes it: requests are done one
@@ -160,6 +194,45 @@ impl Block {
                 return Err(self.host_error("write", &e));
             }
             at += bytes as u64;
+        }
+        if self.flushes { Ok(()) } else { self.flush() }
+    }
+
+    /// Discards ranges, or makes them zero.
+    fn clear(
+        &mut self,
+        zero: bool,
+        from: &mut Reader<'_, impl BitmapSlice>,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(), Failure> {
+        let bytes = from.available_bytes();
+        let fits =
+            bytes.is_multiple_of(size_of::<Range>()) && bytes <= MAX_RANGES as usize * size_of::<Range>();
+        if self.image.readonly || !fits {
+            return Err(Failure::Error);
+        }
+        let mut range = Range::new_zeroed();
+        for n in 0..bytes / size_of::<Range>() {
+            if n > 0 && wanted() {
+                return Err(Failure::Interrupted);
+            }
+            from.read_exact(range.as_mut_bytes())?;
+            let (sectors, flags) = (range.sectors.get(), range.flags.get());
+            if flags & !(if zero { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 }) != 0 {
+                return Err(Failure::Unsupported);
+            }
+            let bytes = sectors as usize * SECTOR as usize;
+            let at = self.place(range.sector.get(), bytes)?;
+            if sectors == 0 || sectors > MAX_SECTORS {
+                return Err(Failure::Error);
+            }
+            let done = match zero {
+                true => self.image.zero(at, bytes as u64, flags != 0),
+                false => self.image.discard(at, bytes as u64).map(|()| true),
+            };
+            if !done.map_err(|e| self.host_error("clear", &e))? {
+                self.write(range.sector.get(), bytes, &mut io::repeat(0), wanted)?;
+            }
         }
         if self.flushes { Ok(()) } else { self.flush() }
     }
@@ -207,9 +280,12 @@ impl Block {
     }
 }
 
-/// The lengths of the parts of a request.
-fn chunks(bytes: usize) -> impl Iterator<Item = usize> {
-    (0..bytes).step_by(CHUNK).map(move |at| (bytes - at).min(CHUNK))
+/// The lengths of the parts of a request, until an order waits.
+fn chunks(bytes: usize, wanted: &dyn Fn() -> bool) -> impl Iterator<Item = Result<usize, Failure>> {
+    (0..bytes).step_by(CHUNK).map(move |at| match at > 0 && wanted() {
+        true => Err(Failure::Interrupted),
+        false => Ok((bytes - at).min(CHUNK)),
+    })
 }
 
 /// `bytes` of the buffer that begin where O_DIRECT can have them.
@@ -224,8 +300,11 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let readonly = if self.image.readonly { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_SEG_MAX | readonly
+        let by_kind = match self.image.readonly {
+            true => 1 << VIRTIO_BLK_F_RO,
+            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        };
+        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_SEG_MAX | by_kind
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -258,7 +337,11 @@ impl Device for Block {
         let memory = io.memory();
         while let Some(chain) = io.pop(queue)? {
             let head = chain.head_index();
-            let written = self.request(chain, &memory)?;
+            let Some(written) = self.request(chain, &memory, &|| io.is_wanted())? else {
+                io.put_back(queue);
+                io.look_again(queue);
+                return Ok(());
+            };
             io.finish(queue, head, written)?;
             // A disk may take long for the next one.
             io.notify(queue)?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,11 +24,13 @@ pub enum Kind {
     Net,
     /// A source of random numbers (virtio 1.2, section 5.4).
     Rng,
+    /// Sockets between host and guest (virtio 1.2, section 5.10).
+    Vsock,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: &[Self] = &[Self::Block, Self::Net, Self::Rng];
+    pub const ALL: &[Self] = &[Self::Block, Self::Net, Self::Rng, Self::Vsock];
 
     /// The device id of virtio 1.2, section 5.
     pub fn number(self) -> u32 {
@@ -35,6 +38,7 @@ impl Kind {
             Self::Block => virtio_ids::VIRTIO_ID_BLOCK,
             Self::Net => virtio_ids::VIRTIO_ID_NET,
             Self::Rng => virtio_ids::VIRTIO_ID_RNG,
+            Self::Vsock => virtio_ids::VIRTIO_ID_VSOCK,
         }
     }
 
@@ -44,6 +48,7 @@ impl Kind {
             Self::Block => "virtio-block",
             Self::Net => "virtio-net",
             Self::Rng => "virtio-rng",
+            Self::Vsock => "virtio-vsock",
         }
     }
 
@@ -58,6 +63,7 @@ impl Kind {
             Self::Block => SectionKind::VirtioBlock,
             Self::Net => SectionKind::VirtioNet,
             Self::Rng => SectionKind::VirtioRng,
+            Self::Vsock => SectionKind::VirtioVsock,
         }
     }
 
@@ -67,6 +73,7 @@ impl Kind {
             Self::Block => state::VIRTIO_BLOCK_VERSION,
             Self::Net => state::VIRTIO_NET_VERSION,
             Self::Rng => state::VIRTIO_RNG_VERSION,
+            Self::Vsock => state::VIRTIO_VSOCK_VERSION,
         }
     }
 }
@@ -131,6 +138,11 @@ pub trait Device: Send {
         BTreeMap::new()
     }
 
+    /// A path beside which its thread makes and removes files; of all others it opens none.
+    fn changes_beside(&self) -> Option<&Path> {
+        None
+    }
+
     /// The driver has set DRIVER_OK, having accepted `features`; or a device in that state has been
     /// restored.
     fn activate(&mut self, features: u64) {
@@ -189,4 +201,8 @@ pub trait Device: Send {
     /// activated before, if it was. What it holds of the host may be shared with the source until it
     /// is resumed; where that cannot be had, this is the last chance to say so.
     fn restore(&mut self, state: Value) -> Result<(), String>;
+
+    /// The guest runs elsewhere for good, and the machine stays here with its remains: what programs of
+    /// the host have of it ends. The device is paused.
+    fn let_go(&mut self) {}
 }

@@ -1,14 +1,16 @@
 //! What a device is connected to on the host: text, parsed, and opened.
 
-use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use thiserror::Error;
 
 use super::block::{Block, ImageConfig};
 use super::net::{MAC_PROPERTY, MacAddress, Net, Tap, TapSpec};
 use super::rng::{self, Rng};
+use super::vsock::{CID_PROPERTY, SocketPath, Vsock, guest_cid};
 use super::{Device, Kind};
+use crate::state::DeviceDescription;
 
 /// The host's end of a device, as flags, `--remap` and machine descriptions name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +27,13 @@ pub enum HostEnd {
     },
     /// The kernel's random numbers.
     Rng,
+    /// A Unix socket, for sockets between host and guest.
+    Vsock {
+        /// Where programs of the host connect.
+        path: SocketPath,
+        /// The context id of a guest that boots; one that comes in keeps its own.
+        cid: Option<u64>,
+    },
 }
 
 /// Text that names no host end of that kind.
@@ -56,13 +65,14 @@ impl HostEnd {
             Self::Image(_) => Kind::Block,
             Self::Net { .. } => Kind::Net,
             Self::Rng => Kind::Rng,
+            Self::Vsock { .. } => Kind::Vsock,
         }
     }
 
     /// Whether a machine that comes in may say itself what its device of that kind is connected to
     /// here. Not where that is a path: a guest could have itself connected to any file of this host.
     pub fn is_for_the_peer_to_say(kind: Kind) -> bool {
-        kind != Kind::Block
+        !matches!(kind, Kind::Block | Kind::Vsock)
     }
 
     /// Reads the text of a description or of `--remap`; [`HostEnd`]'s `Display` writes it.
@@ -76,16 +86,18 @@ impl HostEnd {
             },
             Kind::Rng if text == "kernel" => Ok(Self::Rng),
             Kind::Rng => Err(fail("there is only \"kernel\"")),
+            Kind::Vsock => match text.parse() {
+                Ok(path) => Ok(Self::Vsock { path, cid: None }),
+                Err(e) => Err(fail(&e.to_string())),
+            },
         }
     }
 
-    /// Opens it and makes the device named `id`, with nothing done yet. `properties` are those of the device
-    /// that comes in, which it has to be like; `None` for a machine that boots.
-    pub fn open(
-        &self,
-        id: &str,
-        properties: Option<&BTreeMap<String, String>>,
-    ) -> Result<Box<dyn Device>, OpenError> {
+    /// Opens it and makes the device named `id`, with nothing done yet. `theirs` is the device that comes
+    /// in, which it has to be like; `None` for a machine that boots.
+    pub fn open(&self, id: &str, theirs: Option<&DeviceDescription>) -> Result<Box<dyn Device>, OpenError> {
+        let properties = theirs.map(|device| &device.properties);
+        let said = |name: &str| properties.and_then(|all| all.get(name)).map_or("", |text| text);
         match self {
             Self::Image(config) => match Block::open(id, config, properties) {
                 Ok(block) => Ok(Box::new(block)),
@@ -95,10 +107,7 @@ impl HostEnd {
                 let fail = |reason: String| OpenError { what: format!("tap {}", tap.name), reason };
                 let mac = match properties {
                     None => mac.map_or_else(MacAddress::random, Ok).map_err(|e| fail(e.to_string()))?,
-                    Some(all) => {
-                        let text = all.get(MAC_PROPERTY).map_or("", |text| text);
-                        text.parse().map_err(|e| fail(format!("{e}")))?
-                    }
+                    Some(_) => said(MAC_PROPERTY).parse().map_err(|e| fail(format!("{e}")))?,
                 };
                 let tap = Tap::open(tap).map_err(|e| fail(e.reason().to_owned()))?;
                 Ok(Box::new(Net::new(tap, mac)))
@@ -107,6 +116,16 @@ impl HostEnd {
                 Ok(rng) => Ok(Box::new(rng)),
                 Err(e) => Err(OpenError { what: rng::SOURCE.into(), reason: e.to_string() }),
             },
+            Self::Vsock { path: SocketPath(path), cid } => {
+                let fail = |reason: String| OpenError { what: path.display().to_string(), reason };
+                let cid = cid.map_or_else(|| guest_cid(said(CID_PROPERTY)), Ok);
+                let cid = cid.map_err(|e| fail(e.to_string()))?;
+                let device = match theirs {
+                    None => Vsock::boot(cid, path),
+                    Some(theirs) => Vsock::arriving(cid, path, theirs.host.as_deref().map(Path::new)),
+                };
+                Ok(Box::new(device.map_err(|e| fail(e.to_string()))?))
+            }
         }
     }
 }
@@ -117,6 +136,7 @@ impl fmt::Display for HostEnd {
             Self::Image(config) => config.fmt(f),
             Self::Net { tap, .. } => tap.fmt(f),
             Self::Rng => f.write_str("kernel"),
+            Self::Vsock { path, .. } => path.fmt(f),
         }
     }
 }

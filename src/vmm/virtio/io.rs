@@ -72,6 +72,18 @@ impl Io {
         }
     }
 
+    /// How many requests the driver has put out that were not taken.
+    pub fn available(&self, queue: usize) -> Result<u16, DeviceError> {
+        let Some(Some(q)) = self.queues.get(queue) else { return Ok(0) };
+        Ok(q.avail_idx(&*self.memory, Ordering::Acquire)?.0.wrapping_sub(q.next_avail()))
+    }
+
+    /// Whether an order for the device waits: a request that takes long is given back then
+    /// ([`Io::put_back`]) and begun anew after it.
+    pub fn is_wanted(&self) -> bool {
+        self.attention.load(Ordering::SeqCst)
+    }
+
     /// Guest memory and a queue, for work that takes several requests at a time. `None` where the
     /// driver has not set the queue up, and where an order for the device waits: then it is looked at
     /// again after that. Interrupts are up to the caller ([`Io::signal`]).
@@ -96,7 +108,7 @@ impl Io {
     }
 
     /// Gives back the request that was taken last: the next [`Io::pop`] has it again. The driver
-    /// will not kick for it.
+    /// will not kick for it ([`Io::look_again`]).
     pub fn put_back(&mut self, queue: usize) {
         if let Some(Some(q)) = self.queues.get_mut(queue) {
             q.go_to_previous_position();

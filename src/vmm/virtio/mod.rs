@@ -13,6 +13,8 @@
 mod block;
 mod config;
 mod device;
+#[cfg(any(fuzzing, test))]
+pub mod driven;
 mod host;
 mod interrupt;
 mod io;

@@ -167,6 +167,11 @@ impl Slot {
         answer.unwrap_or_else(|| Err("its thread has died".into())).map_err(|reason| self.flaw(reason))
     }
 
+    /// See [`Device::let_go`].
+    pub fn let_go(&self) {
+        self.worker.tell(Order::LetGo);
+    }
+
     /// Tells the thread to end.
     pub fn quit(&self) {
         self.worker.tell(Order::Quit);

@@ -86,6 +86,11 @@ impl VirtioSlots {
         self.0.iter().all(Slot::is_still)
     }
 
+    /// Ends what programs of the host have of the devices of a guest that is elsewhere.
+    pub fn let_go(&self) {
+        self.0.iter().for_each(Slot::let_go);
+    }
+
     /// Ends the threads, which close what their devices have of the host.
     pub fn stop(&self) {
         self.0.iter().for_each(Slot::quit);

@@ -33,6 +33,8 @@ pub(super) enum Order {
     Save(Sender<Result<Saved, String>>),
     /// See [`Device::restore`].
     Restore(Box<Restore>, Sender<Result<(), String>>),
+    /// See [`Device::let_go`].
+    LetGo,
     Quit,
 }
 
@@ -137,7 +139,7 @@ impl Drop for Worker {
 }
 
 /// What the thread has.
-struct Body {
+pub(super) struct Body {
     device: Box<dyn Device>,
     io: Io,
     interrupt: Arc<Interrupt>,
@@ -164,7 +166,7 @@ struct Woken {
 
 impl Body {
     fn main(mut self) {
-        sandbox::confine_worker();
+        sandbox::confine_worker(self.device.changes_beside());
         loop {
             // Before the orders are looked at: one that comes in between sets it again.
             self.attention.store(false, Ordering::SeqCst);
@@ -181,8 +183,44 @@ impl Body {
         }
     }
 
+    /// Without a thread, for the fuzzer.
+    #[cfg(any(fuzzing, test))]
+    pub fn idle(
+        device: Box<dyn Device>,
+        memory: Arc<TrackedMemory>,
+        interrupt: Arc<Interrupt>,
+        kicks: Arc<Vec<EventFd>>,
+    ) -> Self {
+        let attention = Arc::new(AtomicBool::new(false));
+        let io = Io::new(memory, Arc::clone(&interrupt), Arc::clone(&attention), kicks.len());
+        let (_, orders) = mpsc::channel();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("an eventfd can be made"));
+        // It never sleeps.
+        wake.write(1).expect("it has room");
+        let still = Arc::new(AtomicBool::new(true));
+        let (running, arrived, flaw) = (false, false, None);
+        Self { device, io, interrupt, kicks, orders, wake, attention, still, running, arrived, flaw }
+    }
+
+    /// One round of [`Body::main`] without orders.
+    #[cfg(any(fuzzing, test))]
+    pub fn turn(&mut self) {
+        let woken = self.wait();
+        if self.running {
+            self.work(woken);
+        }
+    }
+
+    /// The driver kicks.
+    #[cfg(any(fuzzing, test))]
+    pub fn kick(&self, queue: usize) {
+        if let Some(kick) = self.kicks.get(queue) {
+            let _ = kick.write(1);
+        }
+    }
+
     /// Whether the thread goes on.
-    fn obey(&mut self, order: Order) -> bool {
+    pub fn obey(&mut self, order: Order) -> bool {
         match order {
             Order::Activate(features, queues) => {
                 self.io.start(queues);
@@ -213,6 +251,7 @@ impl Body {
             Order::Restore(state, answer) => {
                 let _ = answer.send(self.restore(*state));
             }
+            Order::LetGo => self.device.let_go(),
             Order::Quit => return false,
         }
         true

@@ -4,20 +4,34 @@
 //! with the realtime of its reading, so that KVM adds what has passed; then each TSC offset is
 //! chosen so that "TSC at kvmclock 0" is the same number as on the source.
 
-use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::{KVM_CAP_ADJUST_CLOCK, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::VmFd;
 
 use crate::state::ClockState;
 use crate::vmm::VmmError;
 
+/// Whether KVM_SET_CLOCK takes the realtime: KVM_CAP_ADJUST_CLOCK is the set of flags that it knows.
+pub fn takes_realtime(vm: &VmFd) -> bool {
+    vm.check_extension_raw(u64::from(KVM_CAP_ADJUST_CLOCK)) & KVM_CLOCK_REALTIME as i32 != 0
+}
+
 /// KVM_GET_CLOCK (KVM API 4.29).
 pub fn save(vm: &VmFd) -> Result<ClockState, VmmError> {
     let raw = vm.get_clock().map_err(VmmError::kvm("KVM_GET_CLOCK"))?;
-    Ok(ClockState {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    Ok(state(&raw, takes_realtime(vm).then_some(now)))
+}
+
+/// KVM tells the realtime only where kvmclock follows the host's TSC. Elsewhere `now`, read at the same moment, serves: a
+/// guest's time would stand still while it is moved without it.
+fn state(raw: &kvm_clock_data, now: Option<u64>) -> ClockState {
+    ClockState {
         kvmclock_ns: raw.clock,
-        realtime_ns: (raw.flags & KVM_CLOCK_REALTIME != 0).then_some(raw.realtime),
+        realtime_ns: if raw.flags & KVM_CLOCK_REALTIME != 0 { Some(raw.realtime) } else { now },
         host_tsc: (raw.flags & KVM_CLOCK_HOST_TSC != 0).then_some(raw.host_tsc),
-    })
+    }
 }
 
 /// KVM_SET_CLOCK (KVM API 4.30), with KVM_CLOCK_REALTIME if the saved clock has it: then KVM adds
@@ -72,6 +86,19 @@ mod tests {
         assert_eq!(rule.elapsed_ticks, 2_000_000);
         let offset = 1000u64.wrapping_add(rule.offset_change.unwrap());
         assert_eq!(offset.wrapping_add(100), 6000 + 2_000_000);
+    }
+
+    #[test]
+    fn the_realtime_is_kvms_own_or_that_of_the_moment() {
+        let raw = |flags| kvm_clock_data { clock: 5, flags, realtime: 70, host_tsc: 9, ..Default::default() };
+        let own = state(&raw(KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC), Some(80));
+        assert_eq!(own, ClockState { kvmclock_ns: 5, realtime_ns: Some(70), host_tsc: Some(9) });
+        assert_eq!(
+            state(&raw(0), Some(80)),
+            ClockState { kvmclock_ns: 5, realtime_ns: Some(80), host_tsc: None }
+        );
+        // A kernel that cannot set it has no use for it.
+        assert_eq!(state(&raw(0), None).realtime_ns, None);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2};
 
+use crate::memory::PAGE_BYTES;
 use crate::state::{SpecialRegisters, VcpuState};
 use crate::sys::pod;
 
@@ -20,6 +21,8 @@ const SHARED: [(u32, u64); 7] = [
 ];
 /// The longest of the structures behind them: steal time.
 const SHARED_BYTES: u64 = 64;
+/// Pages that come with the one that is executed, that one included: code goes on near where it is.
+const CODE_PAGES: u64 = 8;
 /// How far below the stack pointer the first pushes reach.
 const PUSHED_BYTES: u64 = 256;
 
@@ -101,10 +104,17 @@ impl Roots {
     }
 
     /// The guest-physical addresses that the vCPU touches first, with entries of page tables, in the
-    /// order in which it needs them. `read` gives 8 bytes of RAM, aligned to 4; `None` where there is none.
+    /// order in which it needs them, then those around the code that runs. `read` gives 8 bytes of RAM, aligned to 4; `None` where there is none.
     pub fn first(&self, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
-        let Some(paging) = &self.paging else { return self.linear.clone() };
-        self.linear.iter().flat_map(|at| paging.walk(*at, &read)).collect()
+        let walk =
+            |at: &u64| self.paging.as_ref().map_or_else(|| vec![*at], |paging| paging.walk(*at, &read));
+        let mut touched: Vec<u64> = self.linear.iter().flat_map(walk).collect();
+        // The way to the instruction comes first, and ends at it where it leads there.
+        if let Some(code) = self.linear.first().and_then(|rip| walk(rip).last().copied()) {
+            let block = code & !(CODE_PAGES * PAGE_BYTES - 1);
+            touched.extend((0..CODE_PAGES).map(|page| block.saturating_add(page * PAGE_BYTES)));
+        }
+        touched
     }
 }
 
@@ -253,6 +263,8 @@ mod tests {
         let touched = Roots::of(&state(regs, long_mode(0x1000), &[])).first(read);
         assert_eq!(touched[..4], [0x1000, 0x2000, 0x3010, 0xa0_1234]);
         assert_eq!(touched[4..9], [0x1000, 0x2010, 0x4000, 0x5000, 0xb010]);
+        let around: Vec<u64> = (0xa0_0000..0xa0_8000).step_by(0x1000).collect();
+        assert_eq!(touched[touched.len() - 8..], around);
         // A table that is not there ends the way.
         assert_eq!(Roots::of(&state(regs, long_mode(0x1000), &[])).first(|_| None)[..2], [0x1000, 0x1000]);
         // Five levels begin one higher.

@@ -136,6 +136,37 @@ fn the_guests_clocks_advance_by_the_downtime() {
     assert!(possible.contains(&kvmclock), "kvmclock: {kvmclock} us, not in {possible:?}");
 }
 
+// PVCLOCK_GUEST_STOPPED (Documentation/virt/kvm/x86/msr.rst): bit 1 of the flags, byte 29 of what a vCPU shares.
+#[test]
+fn the_guest_is_told_that_it_was_stopped() {
+    if !kvm_is_here() {
+        return;
+    }
+    let told = |guest: &Guest| {
+        let sections = read_sections(&guest.export()).unwrap();
+        let vcpu: crate::state::VcpuState = serde_json::from_slice(&sections[0].body).unwrap();
+        let clock = vcpu.msrs.iter().find(|m| m.index == 0x4b56_4d01).unwrap().value;
+        assert_eq!(clock & 1, 1, "the guest uses kvmclock");
+        let mut flags = [0];
+        guest.machine.ram().read(GuestPhysAddr((clock & !1) + 29), &mut flags).unwrap();
+        flags[0] & 2 != 0
+    };
+    let first = Guest::boot(1, 64, "fill=4M ws=1M kvmclock=1");
+    first.machine.run().unwrap();
+    first.wait_for_beats();
+    first.pause();
+    assert!(!told(&first), "nobody has stopped it before");
+    let second = Guest::prepare(&first, None);
+    first.copy_ram_to(&second);
+    second.import(first.export()).unwrap();
+    for guest in [&second, &first] {
+        guest.machine.run().unwrap();
+        guest.wait_for_beats();
+        guest.pause();
+        assert!(told(guest));
+    }
+}
+
 #[test]
 #[cfg(feature = "fault-points")]
 fn a_fault_point_fails_where_it_says() {

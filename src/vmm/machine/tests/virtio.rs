@@ -1,6 +1,9 @@
 //! A guest that drives a virtio device by itself: MMIO exits, ioeventfd, used rings, and a move.
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::*;
+use crate::sys::uffd::FaultFd;
 use crate::vmm::virtio::{HostEnd, slot_address};
 
 const DESCRIPTORS: u32 = 0x20_0000;
@@ -87,6 +90,44 @@ fn a_guest_uses_its_device_here_and_after_a_move() {
     let mut after = [0; 8];
     dest.machine.ram().read(GuestPhysAddr(BUFFER.into()), &mut after).unwrap();
     assert_ne!(before, after);
+}
+
+// Postcopy: a device may stand at a page that does not come. The pause waits for it, and nothing else does.
+#[test]
+fn a_device_at_a_missing_page_holds_up_the_pause_and_nothing_else() {
+    if !kvm_is_here() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), test_elf(&program(), 0x1000, true)).unwrap();
+    let rng = DeviceConfig { id: "rng0".into(), host: HostEnd::Rng };
+    let guest = Guest::boot_with(1, 16, KernelSource::File(file.path().into()), "", vec![rng]);
+    guest.machine.run().unwrap();
+    guest.wait_for(0, "a");
+    guest.pause();
+    let ram = guest.machine.ram();
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(ram.memfds().next().unwrap(), hole, BUFFER.into(), PAGE_BYTES as i64).unwrap();
+    let page = ram.addresses()[0].0 + u64::from(BUFFER);
+    let faults = FaultFd::new().unwrap();
+    faults.register(page, PAGE_BYTES).unwrap();
+    ram.write(GuestPhysAddr(FLAG.into()), &[1]).unwrap();
+    guest.machine.run().unwrap();
+    let began = Instant::now();
+    while faults.read_faults().unwrap().is_empty() {
+        assert!(began.elapsed() < PATIENCE, "the device never wrote");
+    }
+    let began = Instant::now();
+    guest.machine.request_pause();
+    assert!(matches!(guest.machine.dirty_start(), Err(VmmError::WrongState(_)) | Ok(())));
+    assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+    let early = guest.notices.receiver.recv_timeout(Duration::from_millis(200));
+    assert!(early.is_err() && !guest.machine.is_paused(), "{early:?}");
+    faults.zero(page).unwrap();
+    assert!(matches!(guest.notice(), Notice::Paused));
+    faults.unregister(page, PAGE_BYTES).unwrap();
+    guest.machine.run().unwrap();
+    guest.wait_for(0, "b");
 }
 
 #[test]

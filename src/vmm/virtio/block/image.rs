@@ -14,6 +14,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 
+use super::holder;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
@@ -116,7 +117,7 @@ impl Image {
             true => self.join(),
             false => {
                 self.set(libc::F_WRLCK, WRITER)?;
-                self.nobody(READER, WRITER, "only reads")
+                self.nobody(READER, WRITER, "only reads it")
             }
         }
     }
@@ -124,8 +125,8 @@ impl Image {
     /// Takes what can be had beside the source: the lock of a machine that comes in.
     pub fn join(&self) -> io::Result<()> {
         let (own, other, how) = match self.readonly {
-            true => (READER, WRITER, "writes"),
-            false => (WRITER, READER, "only reads"),
+            true => (READER, WRITER, "writes it"),
+            false => (WRITER, READER, "only reads it"),
         };
         self.set(libc::F_RDLCK, own)?;
         self.nobody(other, own, how)
@@ -154,7 +155,7 @@ impl Image {
     fn set(&self, kind: libc::c_int, at: i64) -> io::Result<()> {
         match fcntl(&self.file, FcntlArg::F_OFD_SETLK(&byte(kind, at))) {
             Ok(_) => Ok(()),
-            Err(Errno::EAGAIN | Errno::EACCES) => Err(in_use("has it open")),
+            Err(Errno::EAGAIN | Errno::EACCES) => Err(self.in_use("has it open")),
             Err(e) => Err(io::Error::other(format!("it cannot be locked: {e}"))),
         }
     }
@@ -167,7 +168,12 @@ impl Image {
             return Ok(());
         }
         self.set(libc::F_UNLCK, own)?;
-        Err(in_use(how))
+        Err(self.in_use(how))
+    }
+
+    fn in_use(&self, how: &str) -> io::Error {
+        let who = holder::of(&self.file).map_or_else(String::new, |pid| format!(" (process {pid})"));
+        io::Error::other(format!("another machine {how}{who}"))
     }
 }
 
@@ -180,10 +186,6 @@ fn byte(kind: libc::c_int, at: i64) -> libc::flock {
         l_len: 1,
         l_pid: 0,
     }
-}
-
-fn in_use(how: &str) -> io::Error {
-    io::Error::other(format!("another machine {how} it"))
 }
 
 #[cfg(test)]

@@ -100,13 +100,115 @@ fn what_cannot_be_done_is_said_in_the_status() {
         (VIRTIO_BLK_T_IN, 0, 100, true, VIRTIO_BLK_S_IOERR),
         (VIRTIO_BLK_T_OUT, SECTORS as u64, 512, false, VIRTIO_BLK_S_IOERR),
         (VIRTIO_BLK_T_OUT, 0, 100, false, VIRTIO_BLK_S_IOERR),
-        (11, 0, 512, false, VIRTIO_BLK_S_UNSUPP),
+        (12, 0, 512, false, VIRTIO_BLK_S_UNSUPP),
+        (VIRTIO_BLK_T_DISCARD, 0, 17, false, VIRTIO_BLK_S_IOERR),
+        (VIRTIO_BLK_T_DISCARD, 0, 33 * 16, false, VIRTIO_BLK_S_IOERR),
         (77, 0, 512, true, VIRTIO_BLK_S_UNSUPP),
     ];
     for (n, (kind, sector, bytes, writable, status)) in (0..).zip(cases) {
         assert_eq!(u32::from(host.ask(n, kind, sector, Some((bytes, writable)))), status, "{n}");
     }
     assert_eq!(std::fs::read(file.path()).unwrap(), before);
+}
+
+#[test]
+fn ranges_are_discarded_and_made_zero_and_nothing_around_them() {
+    let file = image();
+    let host = driven(file.path(), false, false);
+    host.set(0x14, 0);
+    assert_ne!(host.get(0x10) & 1 << VIRTIO_BLK_F_DISCARD, 0);
+    assert_ne!(host.get(0x10) & 1 << VIRTIO_BLK_F_WRITE_ZEROES, 0);
+    let mut space = [0; 24];
+    host.slot.read(0x100 + 36, &mut space);
+    let words: Vec<u32> = space.as_chunks::<4>().0.iter().map(|w| u32::from_le_bytes(*w)).collect();
+    assert_eq!(words, [MAX_SECTORS, MAX_RANGES, 8, MAX_SECTORS, MAX_RANGES, 1]);
+
+    let mut requests = 0;
+    let mut clear = |kind, ranges: &[(u64, u32, u32)]| {
+        let bytes: Vec<u8> = ranges
+            .iter()
+            .flat_map(|(sector, sectors, flags)| {
+                let range =
+                    Range { sector: (*sector).into(), sectors: (*sectors).into(), flags: (*flags).into() };
+                range.as_bytes().to_vec()
+            })
+            .collect();
+        host.ram.write(GuestPhysAddr(DATA), &bytes).unwrap();
+        requests += 1;
+        u32::from(host.ask(requests - 1, kind, 0, Some((bytes.len() as u32, false))))
+    };
+    let sector = |n: usize| std::fs::read(file.path()).unwrap()[n * 512..][..512].to_vec();
+    assert_eq!(clear(VIRTIO_BLK_T_WRITE_ZEROES, &[(3, 2, 0), (9, 8, 1)]), VIRTIO_BLK_S_OK);
+    for n in 0..SECTORS {
+        let cleared = (3..5).contains(&n) || (9..17).contains(&n);
+        assert_eq!(sector(n), [if cleared { 0 } else { n as u8 }; 512], "{n}");
+    }
+    assert_eq!(clear(VIRTIO_BLK_T_DISCARD, &[(18, 2, 0)]), VIRTIO_BLK_S_OK);
+    assert_eq!((sector(17), sector(20)), (vec![17; 512], vec![20; 512]));
+    assert_eq!(std::fs::metadata(file.path()).unwrap().len() as usize, SECTORS * 512);
+    let cases = [
+        (VIRTIO_BLK_T_DISCARD, (0, 1, 1), VIRTIO_BLK_S_UNSUPP),
+        (VIRTIO_BLK_T_WRITE_ZEROES, (0, 1, 2), VIRTIO_BLK_S_UNSUPP),
+        (VIRTIO_BLK_T_WRITE_ZEROES, (SECTORS as u64, 1, 0), VIRTIO_BLK_S_IOERR),
+        (VIRTIO_BLK_T_WRITE_ZEROES, (SECTORS as u64 - 1, 2, 0), VIRTIO_BLK_S_IOERR),
+        (VIRTIO_BLK_T_WRITE_ZEROES, (0, u32::MAX, 0), VIRTIO_BLK_S_IOERR),
+        (VIRTIO_BLK_T_WRITE_ZEROES, (u64::MAX, 1, 0), VIRTIO_BLK_S_IOERR),
+        (VIRTIO_BLK_T_DISCARD, (0, 0, 0), VIRTIO_BLK_S_IOERR),
+    ];
+    for (kind, range, status) in cases {
+        assert_eq!(clear(kind, &[range]), status, "{range:?}");
+    }
+    assert_eq!(sector(0), [0; 512]);
+    assert_eq!(sector(1), [1; 512]);
+}
+
+#[test]
+fn a_long_request_gives_way_to_a_pause_and_is_done_after_it() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let bytes = 64usize << 20;
+    file.as_file().set_len(bytes as u64).unwrap();
+    let host = driven(file.path(), false, false);
+    // The same 256 KiB of memory again and again: 32 MiB in all, in a table of its own.
+    let entries: Vec<u8> = (0..130u16)
+        .flat_map(|n| {
+            let (address, bytes, flags) = match n {
+                0 => (HEADER, 16, 1u16),
+                129 => (STATUS, 1, 2),
+                _ => (0x4_0000u64, 256 << 10, 3),
+            };
+            [
+                &address.to_le_bytes()[..],
+                &u32::to_le_bytes(bytes),
+                &flags.to_le_bytes(),
+                &(n + 1).to_le_bytes(),
+            ]
+            .concat()
+        })
+        .collect();
+    const TABLE: u64 = 0x10_0000;
+    host.set(0x70, 0);
+    host.negotiate(1 << VIRTIO_BLK_F_FLUSH | 1 << 28, 1);
+    host.clear_rings();
+    host.set_up_usual();
+    host.ram.write(GuestPhysAddr(TABLE), &entries).unwrap();
+    host.ram.write(GuestPhysAddr(HEADER), &[0; 16]).unwrap();
+    host.ram.write(GuestPhysAddr(STATUS), &[UNTOUCHED]).unwrap();
+    host.add_chain(0, &[(TABLE, entries.len() as u32, false)]);
+    host.ram.write(GuestPhysAddr(0x1000 + 12), &4u16.to_le_bytes()).unwrap(); // it is indirect
+    host.set(0x50, 0);
+    let mut interrupted = 0;
+    while host.used() == 0 {
+        host.pause();
+        let state = host.slot.save().unwrap();
+        let waits = state.transport.queues[0].next_available == 0;
+        assert_eq!((host.used(), host.peek(STATUS, 1)[0] == UNTOUCHED), (u16::from(!waits), waits));
+        interrupted += u32::from(waits);
+        host.slot.resume();
+        if interrupted > 2 {
+            host.await_used(1);
+        }
+    }
+    assert_eq!((host.peek(STATUS, 1)[0], host.used_bytes(0)), (0, (32 << 20) + 1));
 }
 
 #[test]

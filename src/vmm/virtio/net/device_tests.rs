@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::namespace::{all_frames, in_a_namespace};
 use super::*;
 use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion};
+use crate::state::DeviceDescription;
 use crate::sys::tap::VNET_HEADER_BYTES;
 use crate::vmm::GuestRam;
 use crate::vmm::virtio::{HostEnd, Interrupt, Kind, Slot};
@@ -298,15 +299,19 @@ fn a_state_that_no_card_has_is_refused() {
 fn a_card_that_comes_in_keeps_its_address_and_needs_a_tap() {
     let end = HostEnd::parse(Kind::Net, "no-such-tap").unwrap();
     assert!(HostEnd::parse(Kind::Net, "no/tap").is_err());
-    let open = |mac: &str| {
-        let properties = BTreeMap::from([(MAC_PROPERTY.to_owned(), mac.to_owned())]);
-        end.open("net0", Some(&properties)).err().unwrap().to_string()
+    let with = |mac: &str| DeviceDescription {
+        id: "net0".into(),
+        kind: Kind::Net.name().into(),
+        version: Kind::Net.version(),
+        host: None,
+        properties: BTreeMap::from([(MAC_PROPERTY.to_owned(), mac.to_owned())]),
     };
+    let open = |mac: &str| end.open("net0", Some(&with(mac))).err().unwrap().to_string();
     assert_eq!(open(&MAC.to_string()), "tap no-such-tap: there is no interface of that name");
     assert!(open("none").contains("Ethernet address"));
-    in_a_namespace(|| {
-        let properties = BTreeMap::from([(MAC_PROPERTY.to_owned(), MAC.to_string())]);
+    in_a_namespace(move || {
+        let theirs = with(&MAC.to_string());
         let end = HostEnd::parse(Kind::Net, "new:vmmac0").unwrap();
-        assert_eq!(end.open("net0", Some(&properties)).unwrap().properties(), properties);
+        assert_eq!(end.open("net0", Some(&theirs)).unwrap().properties(), theirs.properties);
     });
 }

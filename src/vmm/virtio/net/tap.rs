@@ -70,6 +70,12 @@ impl Tap {
         Ok(Self { file, name: spec.name.clone() })
     }
 
+    /// Frames of a socket instead of a network's, with headers.
+    #[cfg(any(fuzzing, test))]
+    pub(crate) fn of_socket(socket: std::os::fd::OwnedFd) -> Self {
+        Self { file: socket.into(), name: "socket".to_owned() }
+    }
+
     /// Tells the kernel what the guest takes, by the features that it has accepted.
     pub fn set_offloads(&self, features: u64) -> Result<(), TapError> {
         tap::set_offloads(&self.file, offloads(features))

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use nix::poll::PollFlags;
 
-use super::packet::{HOST_CID, Header, Op, Ports, TYPE_STREAM};
+use super::packet::{HOST_CID, Header, NO_PORT, Op, Ports, TYPE_STREAM};
 use super::stream::{Fate, Stream};
 
 /// The most streams of a guest at a time, in both directions together.
@@ -63,13 +63,15 @@ impl Muxer {
             return self.decide(ports, fate);
         }
         match header.op() {
-            Some(Op::Request) if self.streams.len() < MAX_STREAMS => match dial(ports.host) {
-                Ok(socket) => drop(self.streams.insert(ports, Stream::accepted(socket, header))),
-                Err(e) => {
-                    tracing::debug!("vsock: port {} of the host: {e}", ports.host);
-                    self.refuse(ports, header);
+            Some(Op::Request) if self.streams.len() < MAX_STREAMS && ports.host != NO_PORT => {
+                match dial(ports.host) {
+                    Ok(socket) => drop(self.streams.insert(ports, Stream::accepted(socket, header))),
+                    Err(e) => {
+                        tracing::debug!("vsock: port {} of the host: {e}", ports.host);
+                        self.refuse(ports, header);
+                    }
                 }
-            },
+            }
             _ => self.refuse(ports, header),
         }
     }
@@ -174,7 +176,7 @@ impl Muxer {
 }
 
 fn following(port: u32) -> u32 {
-    if port == u32::MAX - 1 { FIRST_HOST_PORT } else { port + 1 }
+    if port == NO_PORT - 1 { FIRST_HOST_PORT } else { port + 1 }
 }
 
 #[cfg(test)]

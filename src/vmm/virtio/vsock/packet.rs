@@ -5,6 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The context id of the host, whose port a guest speaks to.
 pub const HOST_CID: u64 = 2;
+/// The port that is none: no service of the host has it.
+pub const NO_PORT: u32 = u32::MAX;
 /// VIRTIO_VSOCK_TYPE_STREAM, the one type that is offered.
 pub const TYPE_STREAM: u16 = 1;
 /// Flags of a shutdown: the sender of the packet receives, or sends, no more.

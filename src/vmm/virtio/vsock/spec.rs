@@ -6,14 +6,17 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use super::door::ASIDE_BYTES;
 use crate::vmm::virtio::is_device_id;
 
 /// Context ids below mean the hypervisor, this machine, the host (virtio 1.2, 5.10.4).
 const FIRST_GUEST_CID: u64 = 3;
 /// The upper half of a context id is reserved, and so is its highest value.
 const LAST_GUEST_CID: u64 = u32::MAX as u64 - 1;
-/// What unix(7) allows, less the `_PORT` that is added for a service of the host.
+/// What unix(7) allows, less the `_PORT` that is added for a service of the host; the socket's other name
+/// is no longer than that.
 const MAX_PATH_BYTES: usize = 107 - "_4294967295".len();
+const _: () = assert!(ASIDE_BYTES <= "_4294967295".len());
 
 /// The Unix socket by which programs of the host reach the guest; the services that the guest
 /// reaches listen at `PATH_PORT`.
