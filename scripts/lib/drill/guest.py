@@ -9,26 +9,39 @@ _BEAT = re.compile(r"b (\d+)$")
 _PASS = re.compile(r"verified all pass (\d+)$")
 
 
+class Tale:
+    """What it has told so far: the last heartbeat, and the last full pass over memory."""
+
+    def __init__(self):
+        self.beat = self.passes = 0
+        self._rest = ""
+
+    def hear(self, text):
+        """What it says next. Fails on an alarm, and when a beat is missing or came twice: two copies
+        that run cannot go unnoticed. A line begun on one host may end on the next."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if alarm := next((a for a in ALARMS if a in line), None):
+                raise Failed(f"the guest says {alarm}: {line[:200]}")
+            if match := _BEAT.match(line):
+                if int(match[1]) != self.beat + 1:
+                    raise Failed(f"heartbeat {match[1]} follows {self.beat}")
+                self.beat += 1
+            elif match := _PASS.match(line):
+                self.passes = int(match[1])
+        return self
+
+
 def output(hosts):
-    """All that it has printed, in the order of `hosts`: a line begun on one may end on the next."""
+    """All that it has printed, in the order of `hosts`."""
     read = lambda host: host.log.read_bytes() if host.log.exists() else b""
     return b"".join(read(host) for host in hosts).decode("ascii", "replace")
 
 
 def story(hosts):
-    """The last heartbeat and the last full pass over memory. Fails on an alarm, and when a beat is missing
-    or came twice: two copies that run cannot go unnoticed."""
-    beat = passes = 0
-    for line in output(hosts).split("\n")[:-1]:
-        if alarm := next((a for a in ALARMS if a in line), None):
-            raise Failed(f"the guest says {alarm}: {line[:200]}")
-        if match := _BEAT.match(line):
-            if int(match[1]) != beat + 1:
-                raise Failed(f"heartbeat {match[1]} follows {beat}")
-            beat += 1
-        elif match := _PASS.match(line):
-            passes = int(match[1])
-    return beat, passes
+    """The last heartbeat and the last full pass over memory, by all that it has told on `hosts`."""
+    tale = Tale().hear(output(hosts))
+    return tale.beat, tale.passes
 
 
 def await_beats(hosts, more=3):

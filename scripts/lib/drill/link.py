@@ -6,7 +6,7 @@ import threading
 import time
 
 from programs import PATIENCE_S, Failed
-from wire import HEADER_BYTES, Header, rewritten
+from wire import HEADER_BYTES, Header, of_json, rewritten
 
 TO_DEST, TO_SOURCE = "to the destination", "to the source"
 
@@ -35,7 +35,7 @@ class Link:
         self.port = listener.getsockname()[1]
         self.address = f"tcp:{listener.getsockname()[0]}:{self.port}"
         self.changed = threading.Condition(threading.RLock())
-        self.rules, self.passed, self.connections = [], {}, []
+        self.rules, self.passed, self.connections, self.bytes_passed = [], {}, [], 0
         self.life, self.down, self.frozen, self.delay_s, self.cut_after_bytes = 0, False, False, 0.0, None
         self.recorded = None
         self._listener, self._connect, self._over = listener, connect, False
@@ -59,6 +59,10 @@ class Link:
 
     def rewrite(self, way, kind, change):
         """The JSON of the next frame of that kind is changed."""
+        self._rule(way, kind, of_json(change))
+
+    def rewrite_bytes(self, way, kind, change):
+        """The payload of the next frame of that kind is another one."""
         self._rule(way, kind, change)
 
     def cut_after(self, count):
@@ -168,6 +172,7 @@ class Link:
                 with self.changed:
                     if record is not None:
                         record += data
+                    self.bytes_passed += len(data)
                     key = (way, header.kind)
                     self.passed[key] = self.passed.get(key, 0) + 1
                     self.changed.notify_all()

@@ -4,6 +4,7 @@ Called by scripts/drill, which builds the programs first. Python's standard libr
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ import rows_before  # noqa: F401  (each of these registers its drills)
 import rows_hostile  # noqa: F401
 import rows_postcopy  # noqa: F401
 import rows_switchover  # noqa: F401
+import soak
+import scene
 from scene import Kit
 
 
@@ -35,13 +38,18 @@ def arguments():
     run.add_argument("rows", nargs="+", metavar="ROW", help="a row's number, or a drill's name")
     everything = commands.add_parser("all", help="run all drills")
     ci = commands.add_parser("ci", help="run all drills in one mode each, in turn: for every change")
-    growth = commands.add_parser("leaks", help="a hundred attempts that fail, in hosts that live on: does anything grow?")
+    growth = commands.add_parser("leaks", help="a hundred attempts that fail, a hundred moves, in hosts that live on: does anything grow?")
     growth.add_argument("--times", type=int, default=100, metavar="N", help="how many (100)")
+    random = commands.add_parser("soak", help="a guest goes back and forth, and in each round something fails at random")
+    random.add_argument("--minutes", type=float, default=10, metavar="N", help="for how long (10)")
+    random.add_argument("--seed", type=int, metavar="S", help="what is random depends on it and the number of the round")
+    random.add_argument("--round", type=int, metavar="R", help="this round only, with a new guest")
+    random.add_argument("--mode", choices=drills.ALL_MODES, help="in this mode only")
     commands.add_parser("model", help="explore the switchover's state machines, and print how many states there are")
     for sub in (run, everything, ci):
         sub.add_argument("--repeat", type=int, default=1, metavar="N", help="play each drill N times")
         sub.add_argument("--mode", choices=drills.ALL_MODES, help="in this mode only")
-    for sub in (run, everything, ci, growth):
+    for sub in (run, everything, ci, growth, random):
         sub.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
         sub.add_argument("--keep", action="store_true", help="keep the logs of drills that have passed, too")
         sub.add_argument("--loopback", action="store_true", help="no namespaces, even as root")
@@ -96,7 +104,28 @@ def main():
     kit = Kit(Path(args.bin), Path(args.traps) if args.traps else None, why, args.keep)
     if args.command == "leaks":
         return leaks.run(kit, args)
+    if args.command == "soak":
+        return soak.Soak(kit, args).run()
     return perform(args, kit)
 
 
-sys.exit(main())
+class Stopped(BaseException):
+    """A signal has come: everything that was made goes."""
+
+
+def stop(number, frame):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, stop)
+try:
+    code = main()
+except Stopped as stopped:
+    print(f"drill: stopped by signal {stopped}", file=sys.stderr)
+    code = 128 + stopped.args[0]
+finally:
+    scene.close_all()
+sys.exit(code)

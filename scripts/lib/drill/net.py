@@ -28,6 +28,12 @@ def may_make_namespaces():
     return None
 
 
+def remove_all():
+    """Removes every namespace that this process has made, also one that was being made."""
+    for path in Path("/run/netns").glob(f"drill-{os.getpid()}-*"):
+        _ip("netns", "del", path.name)
+
+
 class Cabled:
     """Host A and host B, with a cable of their own."""
 
@@ -64,10 +70,12 @@ class Cabled:
         if not _ip("-n", self.names["b"], "link", "set", "cable", state):
             raise Failed(f"the cable cannot be set {state}")
 
-    def limit(self, rate):
-        """No more than `rate` (as in 20mbit) leaves host A."""
-        words = ["tc", "-n", self.names["a"], "qdisc", "replace", "dev", "cable", "root"]
-        subprocess.run([*words, "tbf", "rate", rate, "burst", "32kb", "latency", "50ms"], check=True)
+    def limit(self, rate, side="a"):
+        """No more than `rate` (as in 20mbit) leaves that host; None: whatever the cable carries."""
+        words = ["tc", "-n", self.names[side], "qdisc", "replace" if rate else "del", "dev", "cable", "root"]
+        if rate:
+            words += ["tbf", "rate", rate, "burst", "32kb", "latency", "50ms"]
+        subprocess.run(words, check=True)
 
     def socket(self, side):
         """A new TCP socket on that host. It stays there: only its making is done in the namespace."""

@@ -96,4 +96,4 @@ def await_pages(send):
     send.await_line("pages on their way", lambda l: l.get("progress", {}).get("sent_bytes", 0) > 1 << 20)
 
 
-__all__ = ["BIG", "FLAGS", "Pair", "SLOW", "Story", "TO_DEST", "TO_SOURCE", "await_pages", "moving"]
+__all__ = ["BIG", "FLAGS", "GUESTS", "Pair", "SLOW", "Story", "TO_DEST", "TO_SOURCE", "await_pages", "moving"]

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import socket
 import time
 
 import guest
 import net
 from drills import ALL_MODES, HYBRID, POSTCOPY, PRECOPY, drill
-from pair import SLOW, TO_DEST, TO_SOURCE, Pair, Story, await_pages, moving
+from pair import GUESTS, SLOW, TO_DEST, TO_SOURCE, Pair, Story, await_pages, moving
 from programs import until
 
 
@@ -177,6 +178,69 @@ def host_end_cannot_be_opened(scene):
     scene.check_never_paused(pair.a)
     scene.check("the receiver waits on", pair.b.mover.is_running())
     return pair.fresh()
+
+
+def device_is_missing(scene, device, ends, right):
+    """A guest with a device whose host end cannot be had at D, in each of the ways `ends`, which are arguments of
+    vmrecv and what is said. With the `right` one it moves."""
+    wanted = GUESTS[scene.mode]
+    a = scene.guest(wanted["memory"], cmdline=wanted["cmdline"], devices=device)
+    for number, (words, said) in enumerate(ends):
+        b = scene.receiver(*words, name=f"t{number}")
+        link = scene.link_to(b)
+        send = scene.send(a, link.address, "--mode", scene.mode)
+        scene.ended(send, (1, 3, 5), *said, "on the destination", "the source has the guest")
+        scene.check("READY was not said", link.count(TO_SOURCE, "READY") == 0)
+        scene.check_never_paused(a)
+        scene.check("the receiver waits on", b.mover.is_running())
+    c = scene.receiver(*right, name="c")
+    scene.ended(scene.send(a, c, "--mode", scene.mode), 0)
+    scene.ended(c.mover, 0)
+    return Story([a, c])
+
+
+@drill(24, "the image of a disk is not there at D, is not named, or has another size: refused by name", ALL_MODES)
+def disk_cannot_be_opened(scene):
+    image, small = scene.folder / "disk.img", scene.folder / "small.img"
+    image.write_bytes(bytes(1 << 20))
+    small.write_bytes(bytes(512))
+    gone = scene.folder / "gone.img"
+    ends = [
+        ([], ["disk0", "--remap"]),
+        (["--remap", f"disk0={gone}"], ["disk0", "gone.img", "No such file"]),
+        (["--remap", f"disk0={small}"], ["disk0", "1048576", "512"]),
+    ]
+    return device_is_missing(scene, ["--disk", image], ends, ["--remap", f"disk0={image}"])
+
+
+@drill(24, "a tap is missing at D: refused by name; with another it moves", ALL_MODES, cable=True)
+def tap_is_missing(scene):
+    said = ["device net0", "vmcard7", "there is no interface of that name"]
+    return device_is_missing(scene, ["--net", "tap=new:vmcard0,mac=52:54:00:12:34:56"],
+                             [(["--remap", "net0=vmcard7"], said)], ["--remap", "net0=new:vmcard8"])
+
+
+@drill(24, "the socket's path at D is not named, a stranger's, a file or nowhere: refused by name; with another it moves", ALL_MODES)
+def vsock_path_is_taken(scene):
+    stranger, file = scene.folder / "stranger.v", scene.folder / "file.v"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(stranger))
+    listener.listen()
+    file.write_text("precious")
+    remap = lambda path: ["--remap", f"vsock0={path}"]
+    ends = [
+        ([], ["vsock0", "--remap"]),
+        (remap(stranger), ["vsock0", "stranger.v", "listens there"]),
+        (remap(file), ["vsock0", "file.v", "no socket"]),
+        (remap(scene.folder / "nowhere" / "v"), ["vsock0", "nowhere"]),
+    ]
+    here, there = scene.folder / "here.v", scene.folder / "there.v"
+    story = device_is_missing(scene, ["--vsock", f"cid=42,path={here}"], ends, remap(there))
+    until("A's path is free", lambda: not here.exists())
+    scene.check("the guest has its socket at D", there.is_socket())
+    scene.check("what is a stranger's stays", stranger.is_socket() and file.read_text() == "precious")
+    listener.close()
+    return story
 
 
 @drill(26, "SIGINT and SIGTERM before the fence: cancelled, exit 130 and 143", (PRECOPY, HYBRID))

@@ -71,6 +71,9 @@ def vcpu_does_not_synchronise(scene):
 @drill(8, "the link is dead while a vCPU's synchronisation waits for a page: sockets answer, D gives up", (POSTCOPY,))
 def link_dead_while_synchronising(scene):
     pair = Pair(scene, extra="kvmclock=1")
+    # The pages that this touches have gone ahead: D is told that it lacks all of them.
+    pair.link.rewrite_bytes(TO_DEST, "MISSING", lambda part: part[:8] + b"\xff" * (len(part) - 8))
+    pair.link.rewrite(TO_DEST, "END", lambda end: end.update(ahead=[]))
     request = pair.link.hold(TO_SOURCE, "PAGE_REQUEST")
     send = pair.send()
     request.caught()

@@ -70,6 +70,16 @@ class Story:
     lives: bool = True  # it runs on the last of them
 
 
+_open = []  # the scenes that were not closed yet
+
+
+def close_all():
+    """Ends whatever there still is, of a kit that is stopped in the middle of a drill."""
+    for each in list(_open):
+        each.close(keep=False)
+    net.remove_all()
+
+
 class Scene:
     """Whatever was started in it is ended when it is closed, also what the programs started."""
 
@@ -80,6 +90,8 @@ class Scene:
         self.folder = Path(tempfile.mkdtemp(prefix="vmferry-drill-"))
         self.hosts, self.programs, self.links, self.killed = {}, [], [], set()
         self.ends = []
+        self.net = self._watch = None
+        _open.append(self)
         self.net = net.Cabled() if cabled and not kit.loopback else net.Loopback()
         watch = [sys.executable, Path(__file__).with_name("watch.py")]
         with open(self.folder / "watch.err", "wb") as err:
@@ -101,16 +113,15 @@ class Scene:
         if name not in self.hosts:
             host = Host(name, side, self.folder / f"{name}.sock", self.folder / f"{name}.log")
             self.hosts[name] = host
-            self._watch.stdin.write(f"{host.control}\n".encode())
-            self._watch.stdin.flush()
+            self.tell_watcher(str(host.control))
         return self.hosts[name]
 
-    def guest(self, memory="32M", cpus=1, cmdline="fill=8M ws=1M rate=5", name="a", side="a"):
-        """A vmrun with a heartbeat guest that has filled its memory."""
+    def guest(self, memory="32M", cpus=1, cmdline="fill=8M ws=1M rate=5", name="a", side="a", devices=()):
+        """A vmrun with a heartbeat guest that has filled its memory. It drives none of the `devices`."""
         host = self.host(name, side)
         words = ["--control", host.control, "--serial", f"file:{host.log}", "--kernel", "builtin:heartbeat"]
         words += ["--memory", memory, "--cpus", cpus, "--cmdline", f"vcpus={cpus} {cmdline} beat=5 status=50"]
-        host.program = self.start(side, "vmrun", *words)
+        host.program = self.start(side, "vmrun", *words, *devices)
 
         def filled():
             if not host.program.is_running():
@@ -131,7 +142,7 @@ class Scene:
         return host
 
     def take_over(self, host, *words):
-        """`vmrecv --resume` for a host whose vmrecv has died."""
+        """`vmrecv --resume` for a host whose vmrecv has died. `words` may end with where it listens."""
         words = ["--json", "--insecure", "--resume", "--control", host.control, *words]
         host.mover = self.start(host.side, "vmrecv", *words)
         host.mover.await_note("waiting for a machine at ")
@@ -153,15 +164,15 @@ class Scene:
         path = host.control if isinstance(host, Host) else host
         return self.start("a", "vmctl", path, *words).end()
 
-    def link_to(self, receiver):
-        """A link to it in the drill's hand. It begins on host A."""
-        listener = self.net.socket("a")
-        listener.bind((self.net.address("a"), 0))
+    def link_to(self, receiver, side="a"):
+        """A link to it in the drill's hand. It begins on host A, unless another is named."""
+        listener = self.net.socket(side)
+        listener.bind((self.net.address(side), 0))
         listener.listen(64)
         name, port = receiver.address.removeprefix("tcp:").rsplit(":", 1)
 
         def connect():
-            made = self.net.socket("a")
+            made = self.net.socket(side)
             made.settimeout(5)
             made.connect((name, int(port)))
             made.settimeout(None)
@@ -210,13 +221,17 @@ class Scene:
         other = [state for state in self.changes(host) if state != "running"]
         self.check(f"{host.name} was never paused ({other})", not other and host.run_state == "running")
 
+    def tell_watcher(self, line):
+        self._watch.stdin.write(f"{line}\n".encode())
+        self._watch.stdin.flush()
+
     def report(self):
         """What the watcher has seen."""
-        self._watch.stdin.write(b"report\n")
-        self._watch.stdin.flush()
+        self.tell_watcher("report")
         line = self._watch.stdout.readline()
         if not line:
             raise Failed("the watcher has died: " + (self.folder / "watch.err").read_text()[-400:])
+        (self.folder / "watch.json").write_bytes(line)
         return json.loads(line)
 
     # The end.
@@ -227,42 +242,90 @@ class Scene:
             if host.mover and host.mover.is_running():
                 host.mover.signal(signal.SIGTERM)
         for host in self.hosts.values():
-            if host.status:
-                if host.phase in ("in-doubt", "committed"):
-                    self.killed.add(host.name)  # its record tells of an open question, and stays
-                self.start("a", "vmctl", host.control, "quit", "--force").end()
-                until(f"vmrun {host.name} ends", lambda: host.status is None)
+            self.discard(host)
         for host in self.hosts.values():
-            if host.mover and host.mover.is_running():
-                host.mover.end(patience=15)
+            self.end_receiver(host)
         return self._left()
 
-    def _left(self):
+    def discard(self, host):
+        """Ends a vmrun with its guest."""
+        if host.status:
+            if host.phase in ("in-doubt", "committed"):
+                self.killed.add(host.name)  # its record tells of an open question, and stays
+            self.vmctl(host, "quit", "--force")
+            until(f"vmrun {host.name} ends", lambda: host.status is None)
+
+    def end_receiver(self, host):
+        """Ends the vmrecv of a host. It refuses that for as long as it has not seen that its guest is gone."""
+        if not host.mover:
+            return
+
+        def ended():
+            if host.mover.is_running():
+                host.mover.signal(signal.SIGTERM)
+                time.sleep(0.1)
+            return not host.mover.is_running()
+
+        until(f"{host.mover.name} ends", ended, patience=30)
+
+    def forget_all_but(self, keep):
+        """Forgets all other hosts, which have ended, their links and their files; says what is left behind."""
+        gone = [host for host in self.hosts.values() if host is not keep]
+        left = self._left(gone, keep)
+        for link in self.links:
+            link.close()
+        self.links = []
+        mine = {keep.program, keep.mover} if keep else set()
+        self.programs = [program for program in self.programs if program in mine]
+        stay = [str(keep.control), str(keep.log)] if keep else []
+        for path in self.folder.iterdir():
+            if path.name != "watch.err" and not any(str(path).startswith(s) for s in stay):
+                path.unlink(missing_ok=True)
+        self.hosts = {keep.name: keep} if keep else {}
+        self._reap(self._ended())
+        self.killed.clear()
+        self.ends.clear()
+        return left
+
+    def _left(self, gone=None, keep=None):
+        """What is left of the hosts that have `gone`: of all of them, unless it is said."""
+        gone = self.hosts.values() if gone is None else gone
+        mine = {(keep.status or {}).get("pid")} if keep else set()
         quiet = time.monotonic() + 2
-        while (found := self._processes()) and time.monotonic() < quiet:
+        while (found := self._processes(mine)) and time.monotonic() < quiet:
             self._reap(found)
             time.sleep(0.01)
         left = [f"process {pid} {line}" for pid, line in found.items()]
         for pid in found:
             left += [f"memfd {link} of {pid}" for link in _memfds(pid)]
         # The exceptions: who is killed cannot remove its files, and a record of what was never settled stays.
-        names = {host.control.name for host in self.hosts.values() if host.name not in self.killed}
+        names = {host.control.name for host in gone if host.name not in self.killed}
         for path in sorted(self.folder.iterdir()):
             of = next((n for n in names if path.name == n or path.name.startswith(f"{n}.session.json")), None)
             if of and not path.name.startswith(f"{of}.session.json.old"):
                 left.append(f"file {path.name}")
         return left
 
-    def _processes(self):
+    def _processes(self, but=()):
         """Live processes that name this folder in their command line."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and str(self.folder).encode() in (line := (entry / "cmdline").read_bytes()):
+                if not entry.name.isdigit() or int(entry.name) in but:
+                    continue
+                if str(self.folder).encode() in (line := (entry / "cmdline").read_bytes()):
                     found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")[:200]
             except OSError:
                 pass
         return found
+
+    def _ended(self):
+        """Processes that have ended and were left to us by a vmrecv."""
+        ours = {program.pid for program in self.programs}
+        if self._watch:
+            ours.add(self._watch.pid)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return [int(pid) for pid in children if int(pid) not in ours]
 
     @staticmethod
     def _reap(pids):
@@ -276,8 +339,9 @@ class Scene:
         """Ends by force whatever there still is."""
         for link in self.links:
             link.close()
-        self._watch.stdin.close()
-        self._watch.wait()
+        if self._watch:
+            self._watch.kill()
+            self._watch.communicate()
         for program in self.programs:
             if program.is_running():
                 program.go_on()
@@ -290,9 +354,11 @@ class Scene:
                     pass
             self._reap(found)
             time.sleep(0.005)
-        self.net.close()
+        if self.net:
+            self.net.close()
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
+        _open.remove(self)
 
 
 def _memfds(pid):

@@ -65,8 +65,17 @@ def frame(kind, payload, session, epoch=1, sequence=0):
 
 
 def rewritten(header, payload, change):
-    """The frame again, after `change` has changed its JSON object."""
-    value = json.loads(payload)
-    change(value)
-    payload = json.dumps(value).encode()
+    """The frame again, with the payload that `change` makes of its own."""
+    payload = change(payload)
     return replace(header, payload_bytes=len(payload), body_crc=crc32c(payload)).encode() + payload
+
+
+def of_json(change):
+    """A change of a payload's JSON object, as one of the payload."""
+
+    def changed(payload):
+        value = json.loads(payload)
+        change(value)
+        return json.dumps(value).encode()
+
+    return changed
