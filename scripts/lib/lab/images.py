@@ -22,13 +22,44 @@ LEFT_OUT = """usr/share/doc* usr/share/man* usr/share/locale* usr/share/info* us
     usr/share/qemu/edk2* usr/share/qemu/*.dtb usr/share/qemu/skiboot* usr/share/qemu/u-boot* usr/share/qemu/hppa*
     usr/share/perl* usr/share/icons* var/lib/*""".split()
 HOST_EARLY_MODULES = ["virtio_pci", "virtio_blk", "overlay", "ext4"]
+GUEST_PACKAGES = ["busybox-static"]
 GUEST_MODULES = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "vmw_vsock_virtio_transport", "ext4"]
 APPLETS = """sh mount umount cat echo insmod sleep ip grep sed awk dmesg uname mkdir switch_root poweroff reboot ping dd
-    cut head tail date md5sum ls ln nc tr wc ps free sync rm mv seq cmp usleep tcpsvd true""".split()
+    cut head tail date md5sum ls ln nc tr wc ps free sync rm mv seq cmp usleep true touch""".split()
+
+
+# The rate of the TSC by the monotonic clock, over a tenth of a second: the pairs of readings that took least count.
+TSC_KHZ = r"""
+#include <stdio.h>
+#include <time.h>
+#include <x86intrin.h>
+static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC_RAW, &t); return t.tv_sec * 1e3 + t.tv_nsec / 1e6; }
+static void pair(double *ms, double *tsc) {
+    for (double best = 1e9, n = 0; n < 1000; n++) {
+        double a = now(); unsigned long long t = __rdtsc(); double b = now();
+        if (b - a < best) best = b - a, *ms = (a + b) / 2, *tsc = t;
+    }
+}
+int main(void) {
+    double ms[2], tsc[2];
+    pair(ms, tsc);
+    nanosleep(&(struct timespec){0, 100000000}, 0);
+    pair(ms + 1, tsc + 1);
+    printf("%.0f\n", (tsc[1] - tsc[0]) / (ms[1] - ms[0]));
+}
+"""
 
 
 def run(*command, **options):
     return subprocess.run([str(c) for c in command], check=True, **options)
+
+
+def make_ext4(image, size, tree=None):
+    """A file system in a file; with what is in `tree`, owned by root and without a journal, or empty."""
+    Path(image).unlink(missing_ok=True)
+    content = ["-O", "^has_journal", "-m", 0, "-E", "root_owner=0:0", "-d", tree] if tree else []
+    # Blocks of 4096 bytes: a disk may have sectors of that size.
+    run("/sbin/mke2fs", "-qq", "-t", "ext4", "-b", 4096, *content, image, size, stdout=subprocess.DEVNULL)
 
 
 class Images:
@@ -40,24 +71,52 @@ class Images:
         self.vmlinux, self.bzimage = self.work / "vmlinux", self.work / "bzImage"
         self.host_initrd, self.host_root = self.work / "host-initrd", self.work / "host-root.ext4"
         self.guest_initrd, self.guest_root = self.work / "guest-initrd", self.work / "guest-root.ext4"
+        self.guest_data = self.work / "data.ext4"
 
     def build(self, say):
-        """Makes everything that is not there or out of date."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        stamp, now = self.work / "stamp", self._fingerprint()
-        if stamp.exists() and stamp.read_text() == now:
+        """Makes everything that the lab needs and is not there or out of date."""
+        if self._fresh():
             return
-        stamp.unlink(missing_ok=True)
-        kernel = self._download(say)
-        say("unpacking")
-        version = self._unpack(kernel)
-        self._unpack_kernel()
-        say("making images")
-        self._initrd(self.host_initrd, self.sources / "host/early-init", version, HOST_EARLY_MODULES)
-        self._initrd(self.guest_initrd, self.sources / "guest/init", version, GUEST_MODULES, ["guest/main"])
+        version = self._unpack(self._download(HOST_PACKAGES, say), say)
+        self._guest(version)
         self._guest_root()
+        self._initrd(self.host_initrd, self.sources / "host/early-init", version, HOST_EARLY_MODULES)
         self._host_root()
-        stamp.write_text(now)
+        self._stamp()
+
+    def build_guest(self, say):
+        """Makes a guest alone: its kernel, its initial RAM disk, and a disk for its files."""
+        if self._fresh():
+            return
+        self._guest(self._unpack(self._download(GUEST_PACKAGES, say), say))
+        make_ext4(self.guest_data, "64M")
+        self._stamp()
+
+    def _guest(self, version):
+        self._unpack_kernel()
+        vsock = self.work / "vsock"
+        run("cc", "-O1", "-static", "-s", "-o", vsock, self.sources / "guest/vsock.c")
+        more = [self.sources / "guest/main", vsock]
+        self._initrd(self.guest_initrd, self.sources / "guest/init", version, GUEST_MODULES, more)
+
+    def _fresh(self):
+        """Whether all is there; else what has to be made is marked as not there."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        stamp = self.work / "stamp"
+        fresh = stamp.exists() and stamp.read_text() == self._fingerprint()
+        if not fresh:
+            stamp.unlink(missing_ok=True)
+        return fresh
+
+    def _stamp(self):
+        (self.work / "stamp").write_text(self._fingerprint())
+
+    def tsc_khz(self):
+        """The rate of this machine's TSC, in kHz."""
+        program = self.work / "tsc-khz"
+        if not program.exists():
+            run("cc", "-O1", "-x", "c", "-", "-o", program, input=TSC_KHZ.encode())
+        return int(run(program, capture_output=True).stdout)
 
     def _fingerprint(self):
         digest = hashlib.sha256(Path(__file__).read_bytes())
@@ -66,27 +125,43 @@ class Images:
                 digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
 
-    def _download(self, say):
-        """Downloads all packages; gives the file of the kernel's."""
+    def _apt(self, say):
+        """Options for apt: package lists of our own where the machine has none, as in a container."""
+        # Root's downloads are not handed to another user, who could not write here.
+        options = ["-o", "APT::Sandbox::User=root"]
+        if subprocess.run(["apt-cache", "show", "linux-image-cloud-amd64"], capture_output=True).returncode == 0:
+            return options
+        lists, cache = self.work / "apt/lists", self.work / "apt/cache"
+        for folder in (lists / "partial", cache / "archives/partial"):
+            folder.mkdir(parents=True, exist_ok=True)
+        options += ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
+        say("reading Debian's package lists")
+        run("apt-get", *options, "-qq", "update")
+        return options
+
+    def _download(self, packages, say):
+        """Downloads packages with all that they need, and the kernel's, of which it gives the file."""
         (self.debs / "partial").mkdir(parents=True, exist_ok=True)
-        depends = run("apt-cache", "depends", "linux-image-cloud-amd64", capture_output=True, text=True).stdout
+        apt = self._apt(say)
+        depends = run("apt-cache", *apt, "depends", "linux-image-cloud-amd64", capture_output=True, text=True).stdout
         kernel = re.search(r"Depends: (linux-image\S+)", depends).group(1)
         done = self.debs / "done"
-        wanted = " ".join([*HOST_PACKAGES, kernel])
+        wanted = " ".join([*packages, kernel])
         if not done.exists() or done.read_text() != wanted:
-            say("downloading Debian packages (some 100 MB)")
+            say("downloading Debian packages: " + " ".join([kernel, *packages]))
             empty = self.debs / "status"
             empty.write_text("")
             # With an empty package database apt names everything that is needed, down to libc.
-            options = ["-o", f"Dir::State::status={empty}", "-o", "Debug::NoLocking=1", "--no-install-recommends"]
-            plan = run("apt-get", *options, "-s", "install", *HOST_PACKAGES, capture_output=True, text=True).stdout
+            options = [*apt, "-o", f"Dir::State::status={empty}", "-o", "Debug::NoLocking=1", "--no-install-recommends"]
+            plan = run("apt-get", *options, "-s", "install", *packages, capture_output=True, text=True).stdout
             names = [n for n in re.findall(r"^Inst (\S+)", plan, re.M) if not NOT_NEEDED.match(n)]
-            run("apt-get", "-qq", "download", *names, kernel, cwd=self.debs)
+            run("apt-get", *apt, "-qq", "download", *names, kernel, cwd=self.debs)
             done.write_text(wanted)
         return max(self.debs.glob(f"{kernel}_*.deb"))
 
-    def _unpack(self, kernel):
-        """Unpacks all packages into the tree of the hosts' root; gives the kernel's version."""
+    def _unpack(self, kernel, say):
+        """Unpacks all packages into one tree, as it will be the hosts' root; gives the kernel's version."""
+        say("unpacking, and making images")
         shutil.rmtree(self.tree, ignore_errors=True)
         for folder in ("bin", "sbin", "lib", "lib64"):
             (self.tree / "usr" / folder).mkdir(parents=True)
@@ -170,7 +245,7 @@ class Images:
         shutil.copy(self.tree / "usr/bin/busybox", tree / "bin/busybox")
         for applet in APPLETS:
             (tree / "bin" / applet).symlink_to("busybox")
-        for source, name in [(init, "init"), *((self.sources / m, Path(m).name) for m in more)]:
+        for source, name in [(init, "init"), *((m, m.name) for m in more)]:
             shutil.copy(source, tree / name)
             (tree / name).chmod(0o755)
         files = self._modules(version, modules)
@@ -182,23 +257,19 @@ class Images:
             names = "\n".join(sorted(str(p.relative_to(tree)) for p in tree.rglob("*")))
             run("cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0", input=f".\n{names}".encode(), stdout=image, cwd=tree)
 
-    def _ext4(self, out, tree, megabytes):
-        out.unlink(missing_ok=True)
-        run("/sbin/mke2fs", "-qq", "-t", "ext4", "-O", "^has_journal", "-m", 0, "-E", "root_owner=0:0", "-d", tree, out, f"{megabytes}M", stdout=subprocess.DEVNULL)
-
     def _guest_root(self):
         """The guest's root disk: the same user space as its initial RAM disk, without the modules."""
         tree = self.work / "initrd"
         shutil.rmtree(tree / "mods")
         (tree / "mods").mkdir()
         (tree / "mods/order").write_text("")
-        self._ext4(self.guest_root, tree, 24)
+        make_ext4(self.guest_root, "24M", tree)
 
     def _host_root(self):
         lab = self.tree / "lab"
-        for name in ("init", "lib.sh", "stream.py", "qmp.py"):
+        for name in ("init", "lib.sh", "stream.py", "clock.py", "vsock.py", "qmp.py"):
             shutil.copy(self.sources / "host" / name, lab)
         (lab / "init").chmod(0o755)
         for image, name in [(self.vmlinux, "vmlinux"), (self.bzimage, "bzImage"), (self.guest_initrd, "initrd"), (self.guest_root, "root.ext4")]:
             shutil.copy(image, lab / "guest" / name)
-        self._ext4(self.host_root, self.tree, 900)
+        make_ext4(self.host_root, "900M", self.tree)

@@ -3,12 +3,14 @@
 import argparse
 import re
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import checks
 import hosts
-from images import Images
+from images import Images, make_ext4
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests/lab"
@@ -27,18 +29,27 @@ class Scenario:
 
 def scenarios():
     """All of them by name."""
-    all_ = [Scenario("boot", "boot", "boots Debian's kernel in vmrun, from vmlinux and bzImage, with 1 and 2 vCPUs", {})]
+    all_ = [Scenario("boot", "boot", "boots Debian's kernel in vmrun, from vmlinux and bzImage, with 1 to 4 vCPUs", {})]
+    all_.append(Scenario("demo", "demo", "runs scripts/demo --linux on a host whose KVM can", {}))
     for mode in ("precopy", "hybrid", "postcopy"):
         for cpus in (1, 2):
             name = f"linux-{mode}-{cpus}"
             about = f"moves a Linux guest with disk and network A → B → A: {mode}, {cpus} vCPU{'s' * (cpus > 1)}"
             all_.append(Scenario(name, "linux", about, {"MODE": mode, "CPUS": cpus}))
+    for mode in ("precopy", "postcopy"):
+        about = f"the same with sockets between host and guest as well: {mode}, 1 vCPU"
+        all_.append(Scenario(f"vsock-{mode}", "linux", about, {"MODE": mode, "VSOCK": 1}))
+    for mode in ("precopy", "postcopy"):
+        for cpus in (1, 2):
+            about = f"the same with QEMU's microvm, to compare with: {mode}, {cpus} vCPU{'s' * (cpus > 1)}"
+            all_.append(Scenario(f"qemu-{mode}-{cpus}", "linux", about, {"MODE": mode, "CPUS": cpus, "VMM": "qemu"}))
     return {s.name: s for s in all_}
 
 
 GROUPS = {
     "linux": lambda name: name.startswith("linux-"),
-    "ci": lambda name: name in ("linux-precopy-2", "linux-postcopy-1"),
+    "qemu": lambda name: name.startswith("qemu-"),
+    "ci": lambda name: name in ("linux-precopy-1", "linux-postcopy-1"),
     "all": lambda name: True,
 }
 
@@ -54,23 +65,7 @@ def chosen(words):
     return [known[n] for n in names]
 
 
-def beats(outcome):
-    """The longest time between two heartbeats that follow each other, over both consoles, and what
-    is wrong with their order: each has to come once."""
-    found = []
-    for name, lines in outcome.lines.items():
-        for at, text in lines:
-            if match := re.match(r"GUEST@\w+ HB (\d+) [\d.]+$", text):
-                found.append((int(match[1]), at))
-    numbers = [n for n, _ in sorted(found)]
-    wrong = [f"beat {n} came {numbers.count(n)} times" for n in sorted(set(numbers)) if numbers.count(n) > 1]
-    wrong += [f"no beat between {a} and {b}" for a, b in zip(numbers, numbers[1:]) if b > a + 1]
-    times = [at for _, at in sorted(found)]
-    gap = max((b - a for a, b in zip(times, times[1:])), default=0.0)
-    return gap, len(numbers), wrong
-
-
-def report(scenario, outcome, out):
+def report(scenario, outcome, out, words, figures):
     """Prints how a run went; gives whether it passed."""
     problems = []
     if outcome.timed_out:
@@ -82,9 +77,10 @@ def report(scenario, outcome, out):
             if result := re.match(r"LAB-RESULT (.*)", text):
                 print(f"  {result[1]}")
     if scenario.folder == "linux":
-        gap, count, wrong = beats(outcome)
-        problems += wrong[:5]
-        print(f"  heartbeats {count}, longest gap {gap:.2f} s")
+        problems += checks.wrong_beats(checks.stays(out))[:5]
+        print(f"  {len(checks.beat_times(outcome.lines))} heartbeats; while it was moved: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+        if not problems and words.get("DEVICES") != "0":
+            problems += checks.disk(out / "shared.raw")
     for problem in problems[:20]:
         print(f"  FAILED: {problem}")
     verdict = "FAILED" if problems else "passed"
@@ -93,22 +89,36 @@ def report(scenario, outcome, out):
 
 
 def attempt(scenario, images, args):
-    """Runs a scenario, with another lab when one has stopped. Gives whether it passed, and how many labs stopped."""
+    """Runs a scenario, with another lab when one has stopped. Gives whether it passed, how many labs stopped, and
+    the figures of a guest that was moved."""
     out = Path(args.work) / "out" / scenario.name
     settings_file = Path(args.work) / "settings"
     words = scenario.settings | dict(word.split("=", 1) for word in args.set)
     settings_file.write_text("".join(f"{k}={shlex.quote(str(v))}\n" for k, v in words.items()))
     files = [(Path(args.bin) / p, f"bin/{p}") for p in PROGRAMS]
     files += [(TESTS / scenario.folder, scenario.folder), (settings_file, "settings")]
+    if scenario.folder == "demo":
+        make_ext4(images.guest_data, "64M")
+        files += [(ROOT / "scripts/lib" / name, f"demo/{name}") for name in ("demo.sh", "demo-linux")]
+        files += [(images.guest_data, "demo/data.ext4")]
     lab = hosts.Settings(cpus=args.host_cpus, timeout_s=args.timeout)
     for restarts in range(MOST_RESTARTS + 1):
         print(f"{scenario.name}: {scenario.about}", flush=True)
         outcome = hosts.run(images, files, out, scenario.folder, lab)
         if outcome.lab is None:
-            return report(scenario, outcome, out), restarts
+            figures = checks.figures(outcome.lines, out) if scenario.folder == "linux" else None
+            return report(scenario, outcome, out, words, figures), restarts, figures
         print(f"{scenario.name}: THE LAB STOPPED, which says nothing of the test: {outcome.lab}", flush=True)
     print(f"{scenario.name}: not tested: the lab stopped {MOST_RESTARTS + 1} times", flush=True)
-    return False, MOST_RESTARTS + 1
+    return False, MOST_RESTARTS + 1, None
+
+
+def show(table):
+    """Prints the figures of all scenarios side by side."""
+    for number, (name, figures) in enumerate(table.items()):
+        if number == 0:
+            print(f"{'longest of both ways':20}" + "".join(f"{column:>20}" for column in figures))
+        print(f"{name:20}" + "".join(f"{figure:20.2f}" for figure in figures.values()))
 
 
 def main():
@@ -118,24 +128,35 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list the scenarios")
     commands.add_parser("setup", help="download and build what the lab boots")
+    commands.add_parser("guest", help="download and build a guest alone, as scripts/demo --linux boots it")
     run = commands.add_parser("run", help="run scenarios")
     run.add_argument("names", nargs="+", metavar="NAME", help="a scenario, or a group: " + ", ".join(GROUPS))
     run.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each scenario (600)")
     run.add_argument("--host-cpus", type=int, default=1, metavar="N", help="CPUs of each emulated host (1)")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set a variable of the scenario's scripts")
     args = parser.parse_args()
+    # Also where a shell has started this in the background, with SIGINT ignored: no host is left behind.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if args.command == "list":
         for scenario in scenarios().values():
             print(f"{scenario.name:20} {scenario.about}")
         return 0
     images = Images(args.work, TESTS)
-    images.build(lambda text: print(f"lab: {text}", file=sys.stderr, flush=True))
+    say = lambda text: print(f"lab: {text}", file=sys.stderr, flush=True)
+    if args.command == "guest":
+        images.build_guest(say)
+        return 0
+    images.build(say)
     if args.command == "setup":
         return 0
-    passed, stopped, wanted = 0, 0, chosen(args.names)
+    passed, stopped, wanted, table = 0, 0, chosen(args.names), {}
     for scenario in wanted:
-        good, restarts = attempt(scenario, images, args)
+        good, restarts, figures = attempt(scenario, images, args)
         passed, stopped = passed + good, stopped + restarts
+        if good and figures:
+            table[scenario.name] = figures
+    show(table)
     print(f"{passed} of {len(wanted)} scenarios passed; the lab stopped {stopped} times")
     return 0 if passed == len(wanted) else 1
 

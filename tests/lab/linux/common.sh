@@ -1,40 +1,76 @@
 # Both hosts of the scenario: a Linux guest goes A → B → A.
-# MODE precopy, hybrid or postcopy; CPUS; MEMORY; DEVICES=1 gives the guest disks and a network card.
-: "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=0}" "${LEG_BEATS:=40}"
-guest_ip=10.77.0.9
+# MODE precopy, hybrid or postcopy; CPUS; MEMORY; DEVICES=0 leaves out disks and network; VSOCK=1 adds sockets
+# between host and guest; VMM=qemu moves it with QEMU, to compare with;
+# SEND_WORDS are more words for vmsend.
+: "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=1}" "${VSOCK:=0}" "${LEG_BEATS:=40}" "${VMM:=vmferry}"
+guest_ip=10.77.0.9 guest_mac=52:54:00:77:01:09
+# How much the guest's clock may change against its host's by a move.
+clock_limit_ms=50
 words="$append guest.sum=16"
-devices=() remaps=()
 if [ "$DEVICES" = 1 ]; then
-  # The data disk is the same on both hosts, so that neither may keep any of it in its page cache.
-  devices=(--disk "/lab/guest/root.ext4,readonly,id=root" --disk "$LAB_SHARED,direct,id=data" --net "tap=tap0,mac=52:54:00:77:01:09,id=net")
-  # A disk's image at the destination is for the receiver to name.
-  remaps=(--remap root=/lab/guest/root.ext4,readonly --remap "data=$LAB_SHARED,direct")
   words="$words root=/dev/vda guest.ip=$guest_ip/24 guest.data=/dev/vdb"
   bridge_up
   tap_up tap0
 fi
-boot_guest() { # boot_guest LOG SOCKET
-  $bin/vmrun --kernel $kernel --initrd $initrd --cmdline "$words" --cpus "$CPUS" --memory "$MEMORY" --name linux \
-    --serial "file:$1" --control "$2" "${devices[@]}" >/out/vmrun.out 2>&1 &
-  vmrun=$!
+. /payload/linux/vsock.sh
+# boot_guest, receive, received, send, ended
+. "/payload/linux/$VMM.sh"
+# How far the guest's clock is from this host's: clock_right NAME [WAS]. After a move it is as far as it was before.
+# (At the start it may be seconds: a guest counts ticks until it uses kvm-clock, and an emulated CPU loses some.)
+clock_right() {
+  local said rc
+  [ "$DEVICES" = 1 ] || return 0
+  said=$(python3 /lab/clock.py $guest_ip ${2:+--was "$2" --limit $clock_limit_ms})
+  rc=$?
+  clock_ms=${said#*=} clock_ms=${clock_ms%% *}
+  result "clock $1 $said${2:+ change_ms=$(awk -v is="$clock_ms" -v was="$2" 'BEGIN { printf "%.1f", is - was }')}"
+  [ $rc = 0 ] || die "the guest's clock has changed by more than $clock_limit_ms ms: $said, was $2"
 }
-receive() { # receive LOG SOCKET: the host ends of devices have the same names on both hosts
-  $bin/vmrecv tcp:0.0.0.0:7070 --insecure --control "$2" --serial "file:$1" "${remaps[@]}" >/out/vmrecv.out 2>&1 &
-  vmrecv=$!
-  await 'waiting for a machine' /out/vmrecv.out 30 || { cat /out/vmrecv.out; die "vmrecv does not wait"; }
+# While there is no answer for three seconds: what the hosts' threads are at, each second, for whoever wonders why.
+watch_ping() { # watch_ping NAME PID
+  local is was=0 silent=0
+  while kill -0 "$2" 2>/dev/null; do
+    sleep 1
+    is=$(grep -c 'bytes from' "/out/ping-$1")
+    if [ "$is" = "$was" ]; then silent=$((silent + 1)); else silent=0; fi
+    was=$is
+    [ $silent -lt 3 ] || { echo "== $EPOCHREALTIME" && wreck; } >>"/out/silent-$1" 2>&1
+  done
 }
-send() { # send SOCKET
-  $bin/vmsend --vm "$1" --mode "$MODE" --insecure --json "tcp:$LAB_PEER_IP:7070" >/out/send.json 2>/out/send.err
-  local rc=$?
-  [ $rc = 0 ] || { cat /out/send.err; tail -3 /out/send.json; die "vmsend ended with $rc"; }
-  tail -1 /out/send.json
+# Pings the guest every 0.1 s: ping_start NAME, and ping_end.
+ping_start() {
+  [ "$DEVICES" = 1 ] || return 0
+  ping -D -i 0.1 -O $guest_ip >"/out/ping-$1" 2>&1 &
+  ping=$!
+  watch_ping "$1" $ping &
+  await 'bytes from' "/out/ping-$1" 60 || { tail -3 "/out/ping-$1"; die "no ping"; }
+  echo "LAB-CLOCK $EPOCHREALTIME"
 }
-# The guest goes on at LOG, beyond the beats that were posted as NAME, and says of itself that it is well.
-goes_on() { # goes_on LOG NAME
-  local before
+ping_end() {
+  [ "$DEVICES" = 1 ] || return 0
+  kill -INT $ping
+  wait $ping
+}
+health() { grep -a GUEST-HEALTH "$1" | tail -1 | grep -oE "$2=[0-9]+" | cut -d= -f2 | grep . || echo 0; }
+more() { # more WORD BEFORE LOG
+  local until=$((SECONDS + 60))
+  while [ "$(health "$3" "$1")" -le "$2" ]; do
+    [ $SECONDS -lt $until ] || return 1
+    sleep 0.2
+  done
+}
+# The guest goes on at LOG, beyond the beats that were posted as NAME, works, and says of itself that it is well.
+goes_on() { # goes_on LOG NAME CLOCK_MS
+  local before rounds files
   before=$(peer "$2" 300) || die "the other host did not send"
-  await "^HB $((before + LEG_BEATS)) " "$1" 180 || { tail -5 "$1"; die "the guest does not go on after beat $before"; }
-  grep -aE 'GUEST-HEALTH' "$1" | tail -1
+  await_beat $((before + 1)) "$1" 180 || { tail -5 "$1"; die "the guest does not go on after beat $before"; }
+  clock_right "$2" "$3"
+  await GUEST-HEALTH "$1" 180 || { tail -5 "$1"; die "no word of the guest's health"; }
+  rounds=$(health "$1" rounds) files=$(health "$1" files)
+  await_beat $((before + LEG_BEATS)) "$1" 180 || { tail -5 "$1"; die "the guest stops"; }
+  more rounds $rounds "$1" || die "the guest checks its memory no more"
+  [ "$DEVICES" = 0 ] || more files $files "$1" || die "the guest writes no files"
+  grep -a GUEST-HEALTH "$1" | tail -1
   grep -aqE 'GUEST-BAD|GUEST-FAIL' "$1" && die "the guest complains"
   grep -a GUEST-HEALTH "$1" | grep -av 'clock=kvm-clock' && die "the guest has left kvm-clock"
   return 0
