@@ -412,6 +412,7 @@ def parse(arguments):
     parser.add_argument("--channels", default="1,2", help="channels of our rows (default 1,2)")
     parser.add_argument("--no-qemu", action="store_true", help="only our rows")
     parser.add_argument("--other", type=Path, metavar="DIR", help="another build of our programs, as further rows")
+    parser.add_argument("--rows", metavar="REGEX", default="", help="only rows whose name matches, e.g. postcopy")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every run there")
     parser.add_argument("--bin", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--kernel", type=Path, required=True, help=argparse.SUPPRESS)
@@ -439,7 +440,10 @@ def movers(options):
     for mode in ("postcopy", "hybrid"):
         for name, bin_dir in builds:
             rows.append(Ours(f"{name}, {mode}", bin_dir, 2, options.kernel, mode))
-    return rows
+    chosen = [row for row in rows if re.search(options.rows, row.name)]
+    if not chosen:
+        raise Failed(f"no row matches {options.rows}: {', '.join(row.name for row in rows)}")
+    return chosen
 
 
 def main(arguments):
