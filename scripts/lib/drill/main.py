@@ -86,6 +86,8 @@ def perform(args, kit):
     if not args.json:
         worst = max((o.answer_ms for o in outcomes), default=0)
         rows = len({o.row for o in outcomes})
+        for outcome in (o for o in outcomes if o.verdict == "FAILED"):
+            print(outcome.line())  # once more, where the end of a long table is all that is looked at
         print(f"{passed} of {len(outcomes)} passed ({rows} rows) in {time.monotonic() - begun:.0f} s; "
               f"{sum(o.answers for o in outcomes)} answers of control sockets, the longest after {worst:.1f} ms")
     return 0 if outcomes and passed == len(outcomes) else 1

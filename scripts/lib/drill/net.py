@@ -1,6 +1,7 @@
 """Two hosts: two network namespaces with a cable between them. Without root, loopback is all there is."""
 
 import ctypes
+import errno
 import itertools
 import os
 import socket
@@ -8,7 +9,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-from programs import Failed
+from programs import Failed, until
 
 ADDRESS = {"a": "198.51.100.1", "b": "198.51.100.2"}
 # In the range for documentation, on the cable's network, and nobody's.
@@ -66,9 +67,18 @@ class Cabled:
         return ["ip", "netns", "exec", self.names[side]]
 
     def plug(self, state):
-        """The cable at host B: `up` or `down`."""
+        """The cable at host B: `up` or `down`. It is up once A reaches B again, which the kernel takes up to some
+        seconds for: what it asked for B's address in the meantime has to be given up first (EHOSTUNREACH)."""
         if not _ip("-n", self.names["b"], "link", "set", "cable", state):
             raise Failed(f"the cable cannot be set {state}")
+        if state == "up":
+            until("host A reaches host B", self.reaches)
+
+    def reaches(self):
+        """Whether a call from A is answered at B, where nobody listens on that port: by a refusal."""
+        with self.socket("a") as caller:
+            caller.settimeout(1)
+            return caller.connect_ex((ADDRESS["b"], 1)) == errno.ECONNREFUSED
 
     def limit(self, rate, side="a"):
         """No more than `rate` (as in 20mbit) leaves that host; None: whatever the cable carries."""
