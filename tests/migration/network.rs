@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::guest::{check_alive, check_beats};
 use crate::postcopy::check_result;
-use crate::program::Program;
+use crate::program::{Program, until};
 use crate::scene::{Host, Receiver, SLOW, Scene, binary, kvm, never_paused, skip};
 
 const ADDRESS_A: &str = "198.51.100.1";
@@ -43,9 +43,23 @@ impl Net {
         Some(net)
     }
 
-    /// Unplugs the cable at the destination, or plugs it in.
+    /// Unplugs the cable at the destination, or plugs it in. It is in once the source reaches the
+    /// destination: what the kernel asked for its address meanwhile has to be given up first, and calls
+    /// until then end with EHOSTUNREACH.
     fn cable(&self, state: &str) {
         assert!(ip(&["-n", &self.b, "link", "set", "cable", state]));
+        if state == "up" {
+            until("the source reaches the destination", || self.reaches().then_some(()));
+        }
+    }
+
+    /// Whether a call from the source is answered at the destination, where nobody listens on port 1.
+    fn reaches(&self) -> bool {
+        let call = format!("exec 3<>/dev/tcp/{ADDRESS_B}/1");
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.a, "bash", "-c", &call]).env("LC_ALL", "C");
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).contains("Connection refused")
     }
 
     /// A command for `program` in one of the namespaces.
