@@ -135,7 +135,7 @@ fn use_ram(layout: &RamLayout, fds: Vec<OwnedFd>) {
     if layout.pages != RamPages::Small || layout.map.total_bytes() > 64 << 20 {
         return;
     }
-    let Ok(ram) = Ram::writable(layout, fds) else { return };
+    let Ok(ram) = Ram::writable(layout, fds, false) else { return };
     let run = PageRun { first: PageIndex(3), pages: 2 };
     if let Some(span) = ram.span(run) {
         let _ = ram.write(span, &vec![7; span.bytes as usize]);

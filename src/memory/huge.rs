@@ -71,6 +71,11 @@ impl Granule {
     /// A page of [`HUGE_PAGE_BYTES`]: 512 small ones, 8 words of a bitmap.
     pub const HUGE: Self = Self { pages: HUGE_PAGE_BYTES / PAGE_BYTES };
 
+    /// In pages.
+    pub fn pages(self) -> u64 {
+        self.pages
+    }
+
     /// In bytes.
     pub fn bytes(self) -> u64 {
         self.pages * PAGE_BYTES

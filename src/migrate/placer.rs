@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::memory::{AtomicPageSet, Granule, PageRun, PageSet};
+use crate::memory::{AtomicPageSet, Granule, PageIndex, PageRun, PageSet};
 
 use super::postcopy::pager::Pager;
 use super::ram::Ram;
@@ -51,13 +51,13 @@ impl Placer {
         self.pager.get().is_some()
     }
 
-    /// Throws away what was placed of `pages`: they come again. Huge pages stay: `vmrun` does not see
+    /// Throws away what was placed of `pages`: they come again. Huge pages of the pool stay: `vmrun` does not see
     /// one before all that is missing of it has been written over.
     pub fn discard(&self, pages: &PageSet) -> io::Result<()> {
         if self.ram.pages().granule() != Granule::SMALL {
             return Ok(());
         }
-        for run in pages.runs().filter(|run| self.written.intersects(*run)) {
+        for run in pages.runs().filter(|run| self.written.intersects(reach(*run))) {
             self.for_spans(run, |span| self.ram.discard(span))?;
         }
         Ok(())
@@ -130,5 +130,49 @@ impl Placer {
             rest.pages -= pages;
         }
         Ok(())
+    }
+}
+
+/// Where what was written may have given `run` memory: a host that makes huge pages on its own account makes one
+/// around each page that is written, and all others in it are there then, and zero.
+fn reach(run: PageRun) -> PageRun {
+    let most = Granule::HUGE.pages() - 1;
+    let first = run.first.0.saturating_sub(most);
+    PageRun { first: PageIndex(first), pages: run.first.0 - first + run.pages + most }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::RamLayout;
+    use crate::memory::{GuestPhysAddr, PAGE_BYTES, RamMap, RamPages, RamRegion};
+    use crate::sys::tmpfs;
+
+    // As on a host whose shmem_enabled is `always`.
+    #[test]
+    fn nothing_is_left_of_a_huge_page_that_the_host_made_of_one_page() {
+        let bytes = 8 << 20;
+        let Ok(file) = tmpfs::create_with("always", "test", bytes) else {
+            eprintln!("skipped: this needs root, to mount a tmpfs");
+            return;
+        };
+        let map = RamMap::new(vec![RamRegion { start: GuestPhysAddr(0), bytes }]).unwrap();
+        let layout = RamLayout { map, vmm_addresses: Vec::new(), pages: RamPages::Transparent };
+        let ram = Arc::new(Ram::writable(&layout, vec![file.into()], true).unwrap());
+        let placer = Placer::new(ram.clone());
+        let run = |first, pages| PageRun { first: PageIndex(first), pages };
+        placer.place(run(515, 1), &[7; PAGE_BYTES as usize]).unwrap();
+        let has = |wanted: PageRun| {
+            let found = ram.resident(wanted.first, wanted.pages, &mut Default::default()).unwrap();
+            found.iter().map(|r| r.pages).sum::<u64>()
+        };
+        assert_eq!(has(run(512, 512)), 512, "no huge page was made");
+        let mut owed = PageSet::new(ram.map().total_pages());
+        owed.insert_run(run(0, 514));
+        owed.insert_run(run(600, 3));
+        owed.insert_run(run(1023, 2));
+        placer.discard(&owed).unwrap();
+        assert_eq!([run(0, 514), run(600, 3), run(1023, 2)].map(has), [0, 0, 0]);
+        assert!(has(run(514, 86)) == 86);
     }
 }

@@ -80,15 +80,21 @@ impl Ram {
         Ok(Self { map, pages, files, windows: Vec::new(), probes })
     }
 
-    /// The same, to be written as well.
-    pub fn writable(layout: &RamLayout, memfds: Vec<OwnedFd>) -> io::Result<Self> {
+    /// The same, to be written as well. `postcopy`: its pages may have to be there or missing one by one, which
+    /// transparent huge pages do not allow.
+    pub fn writable(layout: &RamLayout, memfds: Vec<OwnedFd>, postcopy: bool) -> io::Result<Self> {
         let mut ram = Self::new(layout, memfds)?;
-        if ram.pages != RamPages::Small {
+        let mapped = match ram.pages {
+            RamPages::Small => false,
+            RamPages::Transparent => !postcopy,
+            RamPages::Huge => true,
+        };
+        if mapped {
             let regions = ram.files.iter().zip(ram.map.regions());
             ram.windows =
                 regions.map(|(file, r)| RamWindow::new(file, r.bytes)).collect::<io::Result<_>>()?;
         }
-        if ram.pages == RamPages::Transparent {
+        if mapped && ram.pages == RamPages::Transparent {
             // A host that gives none gives small pages: as good, but slower.
             ram.windows.iter().try_for_each(RamWindow::advise_huge).unwrap_or_else(|error| {
                 tracing::warn!("no transparent huge pages for the guest's RAM: {error}");
@@ -214,7 +220,7 @@ impl Ram {
     /// it does to a part of a transparent huge page that it cannot take apart.
     pub fn discard(&self, span: Span) -> io::Result<()> {
         self.punch(span)?;
-        if self.pages == RamPages::Small || self.data_extents(span, &mut DataCursor::default())?.is_empty() {
+        if self.data_extents(span, &mut DataCursor::default())?.is_empty() {
             return Ok(());
         }
         Err(io::Error::other("the kernel keeps memory that was given back"))
@@ -327,7 +333,7 @@ mod tests {
                 fd
             })
             .collect();
-        Ram::writable(&RamLayout { map, vmm_addresses: vec![], pages }, fds).unwrap()
+        Ram::writable(&RamLayout { map, vmm_addresses: vec![], pages }, fds, false).unwrap()
     }
 
     fn run(first: u64, pages: u64) -> PageRun {

@@ -14,6 +14,7 @@ pub mod schedule;
 pub mod socket_file;
 pub mod spawn;
 pub mod tap;
+pub mod tmpfs;
 pub mod uffd;
 pub mod view;
 pub mod window;

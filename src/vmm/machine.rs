@@ -79,6 +79,7 @@ impl Machine {
             return Err(VmmError::TooMuchRam { wanted: config.memory_bytes, available });
         }
         let ram = GuestRam::new(map, &config.name, config.ram_pages)?;
+        ram.join_pages(true);
         let devices = open_devices(config)?;
         let description = describe(config, &ram, &host, &devices);
         let mut cmdline = config.cmdline.clone();
@@ -144,6 +145,7 @@ impl Machine {
         }
         let fault = FaultPoint::of(&local);
         let ram = GuestRam::new(desc.ram.clone(), &desc.name, description.ram_pages)?;
+        ram.join_pages(!local.postcopy);
         let (vm, fds) = create(&kvm, &ram, desc.vcpus)?;
         for device in description.devices.iter_mut().filter(|d| d.id == SERIAL_ID) {
             device.host = Some(serial.to_string());

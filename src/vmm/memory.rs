@@ -1,5 +1,5 @@
-//! Guest RAM as `vmrun` holds it: one sealed memfd for each region, mapped shared, given to KVM as
-//! one memslot each.
+//! Guest RAM as `vmrun` holds it: one file of memory for each region (a sealed memfd, or one on a tmpfs of its own),
+//! mapped shared, given to KVM as one memslot each.
 //!
 //! Everything that this process writes into guest RAM goes through [`GuestRam::memory`], whose
 //! bitmap notes the pages: KVM's dirty log does not see those writes (D1).
@@ -21,7 +21,7 @@ use vm_memory::{
 
 use super::VmmError;
 use crate::memory::{GuestPhysAddr, RamMap, RamPages, RamRegion, VmmAddr};
-use crate::sys::memfd;
+use crate::sys::{memfd, tmpfs};
 
 /// RAM sizes are multiples of this, so that huge pages fit.
 const RAM_ALIGN: u64 = 2 << 20;
@@ -58,7 +58,7 @@ pub struct GuestRam {
 impl GuestRam {
     /// Makes fresh RAM, all zero, of which nothing is allocated until it is touched; huge pages are
     /// set aside in the host's pool at once, so that none is lacking later. `name` shows in `/proc`
-    /// beside the memfds.
+    /// beside the memfds. Nothing is asked about transparent huge pages: that is for [`Self::join_pages`].
     pub fn new(map: RamMap, name: &str, pages: RamPages) -> Result<Self, VmmError> {
         let total = map.total_bytes();
         let allocate = |source| VmmError::AllocateRam { bytes: total, source };
@@ -67,12 +67,7 @@ impl GuestRam {
         let mut memfds = Vec::new();
         let mut regions = Vec::new();
         for (i, region) in map.regions().iter().enumerate() {
-            let label = CString::new(format!("vmrun-{label}-{i}")).expect("no NUL among the letters");
-            let file = match pages {
-                RamPages::Huge => memfd::create_sealed_huge(&label, region.bytes),
-                RamPages::Small | RamPages::Transparent => memfd::create_sealed(&label, region.bytes),
-            };
-            let file = file.map_err(allocate)?;
+            let file = create_file(&format!("vmrun-{label}-{i}"), region.bytes, pages).map_err(allocate)?;
             let mapped = map_region(&file, region.bytes, pages).map_err(allocate)?;
             let region = GuestRegionMmap::new(mapped, GuestAddress(region.start.0));
             regions.push(region.ok_or_else(|| allocate(io::Error::other("it ends beyond all addresses")))?);
@@ -152,6 +147,26 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Asks the host for transparent huge pages, or for none. Pages that are missing one by one (postcopy) want none:
+    /// the kernel would join what is there with zeros for what is not (`khugepaged`), and nobody would ask for it.
+    /// Of memory that was not made to have them, and of huge pages of the pool, nothing is asked.
+    pub fn join_pages(&self, join: bool) {
+        let advice = match self.pages {
+            RamPages::Huge => return,
+            RamPages::Transparent if join => libc::MADV_HUGEPAGE,
+            RamPages::Small | RamPages::Transparent => libc::MADV_NOHUGEPAGE,
+        };
+        for (region, address) in self.map.regions().iter().zip(&self.addresses) {
+            // SAFETY: exactly a mapping of ours; the advice changes no content.
+            let done =
+                unsafe { libc::madvise(address.0 as *mut libc::c_void, region.bytes as usize, advice) };
+            if done != 0 {
+                // A kernel without them has small pages, which is as good, but slower.
+                tracing::debug!("transparent huge pages of RAM: {}", io::Error::last_os_error());
+            }
+        }
+    }
+
     /// Takes the memory out of this process's mapping; the files keep it. What is touched from here on
     /// faults, whatever was touched before.
     pub fn unmap(&self) -> io::Result<()> {
@@ -189,23 +204,27 @@ impl GuestRam {
     }
 }
 
+/// The file of a region: a memfd, except where transparent huge pages can be had without it. Where they cannot, the
+/// host's settings say what a memfd is made of.
+fn create_file(name: &str, bytes: u64, pages: RamPages) -> io::Result<File> {
+    let label = CString::new(name).expect("no NUL among the letters");
+    match pages {
+        RamPages::Small => memfd::create_sealed(&label, bytes),
+        RamPages::Huge => memfd::create_sealed_huge(&label, bytes),
+        RamPages::Transparent => tmpfs::create(name, bytes).or_else(|error| {
+            tracing::debug!("no tmpfs for the guest's RAM, a memfd has to do: {error}");
+            memfd::create_sealed(&label, bytes)
+        }),
+    }
+}
+
 /// Maps a memfd, shared. Without MAP_NORESERVE a mapping of huge pages sets them aside, or fails.
 fn map_region(file: &File, bytes: u64, pages: RamPages) -> io::Result<MmapRegion<AtomicBitmap>> {
     let set_aside = if pages == RamPages::Huge { 0 } else { libc::MAP_NORESERVE };
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let at = FileOffset::new(file.try_clone()?, 0);
-    let region = MmapRegion::build(Some(at), bytes as usize, access, libc::MAP_SHARED | set_aside)
-        .map_err(|e| io::Error::other(e.to_string()))?;
-    if pages == RamPages::Transparent {
-        // SAFETY: exactly the range that was just mapped; the advice changes no content.
-        let advised = unsafe { libc::madvise(region.as_ptr().cast(), bytes as usize, libc::MADV_HUGEPAGE) };
-        if advised != 0 {
-            // A host that gives none gives small pages: as good, but slower.
-            let error = io::Error::last_os_error();
-            tracing::warn!("no transparent huge pages for the guest's RAM: {error}");
-        }
-    }
-    Ok(region)
+    MmapRegion::build(Some(at), bytes as usize, access, libc::MAP_SHARED | set_aside)
+        .map_err(|e| io::Error::other(e.to_string()))
 }
 
 #[cfg(test)]

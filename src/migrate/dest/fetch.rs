@@ -48,7 +48,7 @@ pub(super) fn take_over(host: &mut Host) -> Result<TakenOver, MigrateError> {
     let mut taken = TakenOver { attempt, step, uuid, name, listen: None, fetched: None };
     if status.missing_pages.is_some() {
         let (postcopy, uffd, present, memfds) = host.client.postcopy_adopt().map_err(failed)?;
-        let ram = Arc::new(Ram::writable(&postcopy.ram, memfds).map_err(failed)?);
+        let ram = Arc::new(Ram::writable(&postcopy.ram, memfds, true).map_err(failed)?);
         let pager = Pager::resume(&postcopy, ram.clone(), uffd, present).map_err(failed)?;
         taken.listen = Some(postcopy.listen.clone());
         taken.fetched = Some((postcopy, pager, ram));

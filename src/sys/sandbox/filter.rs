@@ -156,9 +156,13 @@ const CONNECTIONS: &[c_long] = &[
 const LISTENING: &[c_long] = &[SYS_bind, SYS_listen, SYS_socketpair];
 /// A command that the spawner has started is ended by its pidfd.
 const COMMANDS: &[c_long] = &[SYS_pidfd_send_signal];
-/// What `vmrun` needs for faults of its guest, and to confine its threads further.
+/// What `vmrun` needs for its guest's RAM and faults, and to confine its threads further.
 const VMRUN: &[c_long] = &[
     SYS_userfaultfd,
+    // RAM on a tmpfs of its own; it takes CAP_SYS_ADMIN as well, which goes before the guest runs.
+    SYS_fsopen,
+    SYS_fsconfig,
+    SYS_fsmount,
     SYS_capget,
     SYS_capset,
     SYS_seccomp,

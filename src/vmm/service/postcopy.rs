@@ -128,6 +128,7 @@ impl Service {
                 tracing::warn!("cannot unregister the RAM from userfaultfd: {e}");
             }
         }
+        ram.join_pages(true);
     }
 
     fn postcopy_answer(&self) -> Result<(Postcopy, Vec<OwnedFd>), Failure> {
