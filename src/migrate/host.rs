@@ -84,7 +84,8 @@ impl Host {
         self.client.set_timeout(DEFAULT_TIMEOUT);
         let (prepared, memfds) = prepared?;
         let path = || self.client.path().to_owned();
-        Ram::writable(&prepared.ram, memfds, postcopy).map_err(|source| ClientError::Io { path: path(), source })
+        Ram::writable(&prepared.ram, memfds, postcopy)
+            .map_err(|source| ClientError::Io { path: path(), source })
     }
 
     /// The control socket.

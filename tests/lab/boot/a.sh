@@ -10,8 +10,8 @@ up() { # up NAME CPUS PID BEGAN: the guest reaches its user space, and works
   await_beat 30 "$log" 120 || die "$1: no heartbeat"
   grep -E 'GUEST-BAD|GUEST-FAIL' "$log" && die "$1: the guest complains"
 }
-one() { # one NAME CPUS KERNEL END [ROOT]: with memory in pages of $pages
-  local log=/out/$1.log began pid words=$append said found='virtio=1 root=rootfs' devices=(--rng --hugepages "${pages:-4K}")
+one() { # one NAME CPUS KERNEL END [ROOT]: with memory in pages of $pages, or of the default
+  local log=/out/$1.log began pid words=$append said found='virtio=1 root=rootfs' devices=(--rng ${pages:+--hugepages "$pages"})
   if [ -n "$5" ]; then
     words+=" root=/dev/vda" found='virtio=2 root=/dev/vda'
     devices+=(--disk "$5,readonly")
@@ -49,15 +49,14 @@ with_qemu() { # with_qemu NAME CPUS
   kill $pid
   wait $pid
 }
-echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled || die "no transparent huge pages for vmrun's memory"
-pages=thp one vmlinux-thp-1 1 $kernel quit
 one vmlinux-1 1 $kernel reboot
 one bzimage-1 1 /lab/guest/bzImage panic
 one vmlinux-2 2 $kernel poweroff
 one bzimage-3 3 /lab/guest/bzImage poweroff /lab/guest/root.ext4
 one bzimage-4 4 /lab/guest/bzImage quit
-pages=thp one vmlinux-thp-2 2 $kernel quit
-pages=thp one vmlinux-thp-4 4 $kernel quit
+one vmlinux-4 4 $kernel quit
+pages=4K one vmlinux-4K-1 1 $kernel quit
+pages=4K one vmlinux-4K-2 2 $kernel quit
 with_qemu qemu-1 1
 with_qemu qemu-2 2
 with_qemu qemu-4 4
