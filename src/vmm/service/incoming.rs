@@ -129,7 +129,11 @@ impl Service {
         self.change_recorded(
             |o| o.run(attempt),
             |service, _| {
-                service.live()?;
+                let hosted = service.live()?;
+                if hosted.fetching.is_none() {
+                    // It could have been postcopy, and was not.
+                    hosted.machine.ram().join_pages(true);
+                }
                 service.settle()?;
                 Reply::now(service.status())
             },
