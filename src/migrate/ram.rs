@@ -164,13 +164,7 @@ impl Ram {
             let (data, hole) = match cursor.known {
                 Some((region, from, to)) if region == span.region && (from..to).contains(&at) => (at, to),
                 _ => {
-                    let data = match lseek64(file, at, Whence::SeekData) {
-                        Err(Errno::ENXIO) => break,
-                        other => other?,
-                    };
-                    if data >= end {
-                        break;
-                    }
+                    let Some(data) = next_data(file, at, end)? else { break };
                     (data, lseek64(file, data, Whence::SeekHole)?)
                 }
             };
@@ -282,6 +276,27 @@ impl Ram {
         }
         Ok(hasher.finalize())
     }
+}
+
+/// Where in `at..end` of `file` the first data is; a hole is looked at twice.
+///
+/// Before Linux 6.4 all of a huge page that the kernel makes of small ones (khugepaged) is a hole for SEEK_DATA for as
+/// long as that takes. A read of its first byte, which is replaced first, waits until it is done; a huge page is
+/// not made into one again.
+fn next_data(file: &File, at: i64, end: i64) -> io::Result<Option<i64>> {
+    let seek = || match lseek64(file, at, Whence::SeekData) {
+        Err(Errno::ENXIO) => Ok(end),
+        found => found.map(|data| data.min(end)),
+    };
+    let claimed = seek()?;
+    if claimed > at {
+        let first = at as u64 - at as u64 % HUGE_PAGE_BYTES;
+        for offset in (first..claimed as u64).step_by(HUGE_PAGE_BYTES as usize) {
+            file.read_at(&mut [0], offset)?;
+        }
+    }
+    let data = if claimed > at { seek()? } else { claimed };
+    Ok((data < end).then_some(data))
 }
 
 /// The huge pages in `from..to`, as a range; empty, at `to`, where there is none.
