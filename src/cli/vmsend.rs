@@ -87,7 +87,8 @@ pub struct Args {
 
     /// What to do when the downtime is not reached
     ///
-    /// This also decides when 8 passes in a row, of 5 seconds in all, bring no improvement.
+    /// This also decides when 8 passes or more in a row, of at least 5 seconds in all, bring no
+    /// improvement.
     #[arg(long, value_enum, value_name = "WHAT", default_value = "cancel", help_heading = SWITCHOVER)]
     pub on_timeout: OnTimeoutArg,
 

@@ -170,7 +170,10 @@ impl Ram {
             };
             cursor.known = Some((span.region, data, hole));
             at = hole.min(end);
-            extents.push((data as u64, at as u64));
+            // Nothing, where the kernel began to join pages between the two questions: asked again.
+            if data < at {
+                extents.push((data as u64, at as u64));
+            }
         }
         Ok(extents)
     }

@@ -24,8 +24,8 @@ unsafe impl Send for RamView {}
 unsafe impl Sync for RamView {}
 
 impl RamView {
-    /// Maps `bytes` of `memfd`, which must be sealed against shrinking: a page beyond the end of
-    /// file would be a SIGBUS. Nothing is read yet.
+    /// Maps `bytes` of `memfd`, which must be sealed against shrinking, or truncated by nobody: a page
+    /// beyond the end of file would be a SIGBUS. Nothing is read yet.
     pub fn new(memfd: impl AsFd, bytes: u64) -> io::Result<Self> {
         let length = usize::try_from(bytes)
             .ok()

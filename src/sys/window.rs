@@ -25,7 +25,7 @@ unsafe impl Send for RamWindow {}
 unsafe impl Sync for RamWindow {}
 
 impl RamWindow {
-    /// Maps `bytes` of `memfd`, which is sealed against shrinking and at least as large. Of a hugetlb
+    /// Maps `bytes` of `memfd`, which is sealed against shrinking, or nobody truncates it, and at least as large. Of a hugetlb
     /// file this sets aside what nobody else has, so that no page of it is ever lacking (SIGBUS): an
     /// error where the host's pool has too few.
     pub fn new(memfd: impl AsFd, bytes: u64) -> io::Result<Self> {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use vmferry::control::RunState;
 use vmferry::wire::limits::max_payload;
 use vmferry::wire::{
-    Done, End, FrameType, HEADER_BYTES, Header, JsonBody, MAGIC, Message, PAGES_HEAD_BYTES, Refused,
-    RefusedCode,
+    Done, End, FrameType, HEADER_BYTES, Header, JsonBody, MAGIC, Message, PAGES_HEAD_BYTES, PageBitmap,
+    Refused, RefusedCode,
 };
 
 use crate::guest::{check_alive, check_beats};
@@ -207,6 +207,9 @@ fn lies_within_an_attempt() {
             let _ = p.stream.shutdown(std::net::Shutdown::Write);
         }),
         ("the machine twice", &|p| p.say(&Message::Machine(JsonBody::of(&machine(&target.a)).unwrap()))),
+        ("pages to come later, which HELLO has not asked for", &|p| {
+            p.say(&Message::Missing(PageBitmap { first: 0, words: vec![u64::MAX; total as usize / 64] }));
+        }),
         ("RUN before everything", &|p| p.say(&Message::Run)),
         ("REVOKE before everything", &|p| p.say(&Message::Revoke)),
     ];

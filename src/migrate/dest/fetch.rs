@@ -83,6 +83,10 @@ impl Arrival<'_> {
     /// elsewhere: what faults need is made ready then.
     pub(super) fn on_missing(&mut self, part: &PageBitmap) -> Result<(), MigrateError> {
         let Some(session) = &mut self.session else { return Ok(()) };
+        if !session.hello.wants_postcopy() {
+            // Neither the host was asked whether it can, nor is the memory made for it.
+            return self.fail("MISSING, and HELLO has not said that pages may come after the guest");
+        }
         let Some(total) = session.machine().map(|p| p.ram().map().total_pages()) else {
             return self.fail("MISSING before the machine was accepted");
         };
