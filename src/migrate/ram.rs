@@ -283,22 +283,23 @@ impl Ram {
 
 /// Where in `at..end` of `file` the first data is; a hole is looked at twice.
 ///
-/// Before Linux 6.4 all of a huge page that the kernel makes of small ones (khugepaged) is a hole for SEEK_DATA for as
-/// long as that takes. A read of its first byte, which is replaced first, waits until it is done; a huge page is
-/// not made into one again.
+/// Before Linux 6.4 all of a huge page that the kernel makes of small ones (khugepaged, MADV_COLLAPSE) is a hole for
+/// SEEK_DATA for as long as that takes. A read of its first byte, which is replaced first, waits until it is done; a huge
+/// page is not made into one again. What was data at the first look stays data: it may be a hole for the second, where
+/// the kernel began in between.
 fn next_data(file: &File, at: i64, end: i64) -> io::Result<Option<i64>> {
     let seek = || match lseek64(file, at, Whence::SeekData) {
         Err(Errno::ENXIO) => Ok(end),
         found => found.map(|data| data.min(end)),
     };
-    let claimed = seek()?;
-    if claimed > at {
+    let mut data = seek()?;
+    if data > at {
         let first = at as u64 - at as u64 % HUGE_PAGE_BYTES;
-        for offset in (first..claimed as u64).step_by(HUGE_PAGE_BYTES as usize) {
+        for offset in (first..data as u64).step_by(HUGE_PAGE_BYTES as usize) {
             file.read_at(&mut [0], offset)?;
         }
+        data = data.min(seek()?);
     }
-    let data = if claimed > at { seek()? } else { claimed };
     Ok((data < end).then_some(data))
 }
 
@@ -391,6 +392,37 @@ mod tests {
         b.write(b.span(run(301, 1)).unwrap(), &[7; 4096]).unwrap();
         b.zero(b.span(run(300, 1)).unwrap()).unwrap();
         assert_ne!(a.digest().unwrap(), b.digest().unwrap());
+    }
+
+    #[test]
+    fn memory_is_no_hole_while_the_kernel_makes_a_huge_page_of_it() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: this needs root, to mount a tmpfs");
+            return;
+        }
+        let file = crate::sys::tmpfs::create("test", 2 * HUGE_PAGE_BYTES).unwrap();
+        let window = RamWindow::new(&file, 2 * HUGE_PAGE_BYTES).unwrap();
+        let huge = HUGE_PAGE_BYTES as i64;
+        for round in 0..200 {
+            let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(&file, mode, 0, huge).unwrap();
+            let first = if round % 2 == 0 { 0 } else { 10 << 12 };
+            for offset in (first..huge as u64).step_by(4096) {
+                file.write_all_at(&[7; 4096], offset).unwrap();
+            }
+            let joining = std::sync::atomic::AtomicBool::new(true);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // A kernel before 6.1 does not know how, and one whose memory is in pieces cannot.
+                    let _ = window.join_now(0, HUGE_PAGE_BYTES as usize);
+                    joining.store(false, Ordering::Release);
+                });
+                while joining.load(Ordering::Acquire) {
+                    let data = next_data(&file, 0, huge).unwrap();
+                    assert!(data.is_some_and(|at| at <= first as i64), "round {round}: data at {data:?}");
+                }
+            });
+        }
     }
 
     #[test]

@@ -47,6 +47,15 @@ impl RamWindow {
         Ok(unsafe { madvise(self.start, self.bytes, MmapAdvise::MADV_HUGEPAGE) }?)
     }
 
+    /// Has the kernel make huge pages of what is in the range, now (MADV_COLLAPSE, Linux 6.1).
+    #[cfg(test)]
+    pub(crate) fn join_now(&self, offset: u64, bytes: usize) -> io::Result<()> {
+        let from = self.at(offset, bytes).cast();
+        // SAFETY: `at` has checked that the range is mapped; its content stays as it is.
+        let rc = unsafe { libc::madvise(from, bytes, libc::MADV_COLLAPSE) };
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Writes `data` at `offset`. Panics when it is not inside, which is the caller's error, never a
     /// peer's.
     pub fn write(&self, offset: u64, data: &[u8]) {
