@@ -197,7 +197,7 @@ def _qemu(name, images, work, scenario, settings):
     return [
         "qemu-system-x86_64", "-name", f"lab-{name}", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512",
         "-cpu", CPU, "-smp", str(settings.cpus), "-m", str(settings.memory_mib), "-nodefaults", "-display", "none", "-no-reboot",
-        "-kernel", str(images.vmlinux), "-initrd", str(images.host_initrd),
+        "-kernel", str(images.host_vmlinux), "-initrd", str(images.host_initrd),
         "-append", f"{KERNEL_WORDS.format(tsc_khz=images.tsc_khz())} lab.host={name} lab.scenario={scenario}",
         *disk(images.host_root, "root", "readonly=on"),
         *disk(work / "payload.tar", "payload", "readonly=on"),

@@ -1,29 +1,28 @@
-"""What the emulated hosts and their guests boot: Debian's cloud kernel, initial RAM disks and root images.
+"""What the emulated hosts and their guests boot: Debian's kernels, initial RAM disks and root images.
 
-Packages are downloaded with apt and unpacked without running their scripts, so that this needs no
-root and changes nothing outside its folder. An image is made anew when what it is made of changed.
+An image is made anew when what it is made of changed.
 """
 
 import hashlib
-import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
+from debian import Debian, run, unpack
+from kernel import Kernel, copy_module
+
+HOST_KERNEL = "linux-image-cloud-amd64"
 HOST_PACKAGES = """qemu-system-x86 busybox-static bash coreutils grep sed mawk tar util-linux procps iproute2
     iputils-ping socat python3 kmod findutils""".split()
-# Pulled in by dependencies, of no use where no package script runs.
-NOT_NEEDED = re.compile(
-    r"(perl.*|libperl.*|.*-perl|usrmerge|iso-codes|adduser|passwd|debconf|dpkg|gcc-.*-base|init-system-helpers"
-    r"|libpam-modules.*|readline-common|media-types)$"
-)
-LEFT_OUT = """usr/share/doc* usr/share/man* usr/share/locale* usr/share/info* usr/share/lintian* usr/share/zoneinfo*
-    usr/share/qemu/edk2* usr/share/qemu/*.dtb usr/share/qemu/skiboot* usr/share/qemu/u-boot* usr/share/qemu/hppa*
-    usr/share/perl* usr/share/icons* var/lib/*""".split()
+# Folders of the kernel's modules that no emulated host has a use for.
+UNUSED_MODULES = ["infiniband", "ethernet", "media", "gpu", "sound"]
 HOST_EARLY_MODULES = ["virtio_pci", "virtio_blk", "overlay", "ext4"]
 GUEST_PACKAGES = ["busybox-static"]
-GUEST_MODULES = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "vmw_vsock_virtio_transport", "ext4"]
+# Of the guest that is a whole Debian.
+SYSTEM_PACKAGES = "systemd systemd-sysv udev busybox-static bash coreutils grep sed mawk util-linux procps iproute2 kmod diffutils".split()
+# ext4 asks for crc32c by that name, and no dependency says so.
+GUEST_MODULES = """virtio_mmio virtio_blk virtio_net virtio-rng vmw_vsock_virtio_transport crc32c_generic? ext4
+    overlay""".split()
 APPLETS = """sh mount umount cat echo insmod sleep ip grep sed awk dmesg uname mkdir switch_root poweroff reboot ping dd
     cut head tail date md5sum ls ln nc tr wc ps free sync rm mv seq cmp usleep true touch""".split()
 
@@ -50,10 +49,6 @@ int main(void) {
 """
 
 
-def run(*command, **options):
-    return subprocess.run([str(c) for c in command], check=True, **options)
-
-
 def make_ext4(image, size, tree=None):
     """A file system in a file; with what is in `tree`, owned by root and without a journal, or empty."""
     Path(image).unlink(missing_ok=True)
@@ -63,41 +58,58 @@ def make_ext4(image, size, tree=None):
 
 
 class Images:
-    """Downloads and builds in `work`; `sources` is the folder tests/lab."""
+    """Downloads and builds in `work`; `sources` is the folder tests/lab, `guest_kernel` a Debian package of a kernel,
+    by its name or as a file."""
 
-    def __init__(self, work, sources):
-        self.work, self.sources = Path(work), Path(sources)
-        self.debs, self.tree = self.work / "debs", self.work / "root"
-        self.vmlinux, self.bzimage = self.work / "vmlinux", self.work / "bzImage"
+    def __init__(self, work, sources, guest_kernel):
+        self.work, self.sources, self.guest_kernel = Path(work), Path(sources), guest_kernel
+        self.tree = self.work / "root"
+        self.host_vmlinux = self.work / "host-kernel/vmlinux"
         self.host_initrd, self.host_root = self.work / "host-initrd", self.work / "host-root.ext4"
+        self.vmlinux, self.bzimage = self.work / "vmlinux", self.work / "bzImage"
         self.guest_initrd, self.guest_root = self.work / "guest-initrd", self.work / "guest-root.ext4"
+        self.guest_system = self.work / "guest-system.ext4"
         self.guest_data = self.work / "data.ext4"
 
     def build(self, say):
         """Makes everything that the lab needs and is not there or out of date."""
         if self._fresh():
             return
-        version = self._unpack(self._download(HOST_PACKAGES, say), say)
-        self._guest(version)
+        debian = Debian(self.work, say)
+        packages, system = debian.packages(HOST_PACKAGES), debian.packages(SYSTEM_PACKAGES)
+        host, guest = debian.kernel(HOST_KERNEL), debian.kernel(self.guest_kernel)
+        say("unpacking, and making images")
+        unpack(packages, self.tree)
+        host = Kernel(host, self.work / "host-kernel")
+        self._guest(guest)
         self._guest_root()
-        self._initrd(self.host_initrd, self.sources / "host/early-init", version, HOST_EARLY_MODULES)
-        self._host_root()
+        self._guest_system(system)
+        self._initrd(self.host_initrd, self.sources / "host/early-init", host, HOST_EARLY_MODULES)
+        self._host_root(host)
         self._stamp()
 
     def build_guest(self, say):
         """Makes a guest alone: its kernel, its initial RAM disk, and a disk for its files."""
         if self._fresh():
             return
-        self._guest(self._unpack(self._download(GUEST_PACKAGES, say), say))
+        debian = Debian(self.work, say)
+        packages, guest = debian.packages(GUEST_PACKAGES), debian.kernel(self.guest_kernel)
+        say("unpacking, and making images")
+        unpack(packages, self.tree)
+        self._guest(guest)
         make_ext4(self.guest_data, "64M")
         self._stamp()
 
-    def _guest(self, version):
-        self._unpack_kernel()
-        vsock = self.work / "vsock"
-        run("cc", "-O1", "-static", "-s", "-o", vsock, self.sources / "guest/vsock.c")
-        more = [self.sources / "guest/main", vsock]
-        self._initrd(self.guest_initrd, self.sources / "guest/init", version, GUEST_MODULES, more)
+    def _guest(self, package):
+        kernel = Kernel(package, self.work / "guest-kernel")
+        shutil.move(kernel.vmlinux, self.vmlinux)
+        shutil.move(kernel.bzimage, self.bzimage)
+        run("cc", "-O1", "-static", "-s", "-o", self.work / "vsock", self.sources / "guest/vsock.c")
+        self._initrd(self.guest_initrd, self.sources / "guest/init", kernel, GUEST_MODULES, self._programs())
+
+    def _programs(self):
+        """What the guest runs, whatever system it has."""
+        return [self.sources / "guest/main", self.work / "vsock"]
 
     def _fresh(self):
         """Whether all is there; else what has to be made is marked as not there."""
@@ -119,125 +131,15 @@ class Images:
         return int(run(program, capture_output=True).stdout)
 
     def _fingerprint(self):
-        digest = hashlib.sha256(Path(__file__).read_bytes())
+        digest = hashlib.sha256(self.guest_kernel.encode())
+        for name in ("images.py", "kernel.py", "debian.py"):
+            digest.update((Path(__file__).parent / name).read_bytes())
         for folder in ("host", "guest"):
             for path in sorted((self.sources / folder).iterdir()):
                 digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
 
-    def _apt(self, say):
-        """Options for apt: package lists of our own where the machine has none, as in a container."""
-        # Root's downloads are not handed to another user, who could not write here.
-        options = ["-o", "APT::Sandbox::User=root"]
-        if subprocess.run(["apt-cache", "show", "linux-image-cloud-amd64"], capture_output=True).returncode == 0:
-            return options
-        lists, cache = self.work / "apt/lists", self.work / "apt/cache"
-        for folder in (lists / "partial", cache / "archives/partial"):
-            folder.mkdir(parents=True, exist_ok=True)
-        options += ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
-        say("reading Debian's package lists")
-        run("apt-get", *options, "-qq", "update")
-        return options
-
-    def _download(self, packages, say):
-        """Downloads packages with all that they need, and the kernel's, of which it gives the file."""
-        (self.debs / "partial").mkdir(parents=True, exist_ok=True)
-        apt = self._apt(say)
-        depends = run("apt-cache", *apt, "depends", "linux-image-cloud-amd64", capture_output=True, text=True).stdout
-        kernel = re.search(r"Depends: (linux-image\S+)", depends).group(1)
-        done = self.debs / "done"
-        wanted = " ".join([*packages, kernel])
-        if not done.exists() or done.read_text() != wanted:
-            say("downloading Debian packages: " + " ".join([kernel, *packages]))
-            empty = self.debs / "status"
-            empty.write_text("")
-            # With an empty package database apt names everything that is needed, down to libc.
-            options = [*apt, "-o", f"Dir::State::status={empty}", "-o", "Debug::NoLocking=1", "--no-install-recommends"]
-            plan = run("apt-get", *options, "-s", "install", *packages, capture_output=True, text=True).stdout
-            names = [n for n in re.findall(r"^Inst (\S+)", plan, re.M) if not NOT_NEEDED.match(n)]
-            run("apt-get", *apt, "-qq", "download", *names, kernel, cwd=self.debs)
-            done.write_text(wanted)
-        return max(self.debs.glob(f"{kernel}_*.deb"))
-
-    def _unpack(self, kernel, say):
-        """Unpacks all packages into one tree, as it will be the hosts' root; gives the kernel's version."""
-        say("unpacking, and making images")
-        shutil.rmtree(self.tree, ignore_errors=True)
-        for folder in ("bin", "sbin", "lib", "lib64"):
-            (self.tree / "usr" / folder).mkdir(parents=True)
-            (self.tree / folder).symlink_to(f"usr/{folder}")
-        left_out = [f"--exclude=./{pattern}" for pattern in LEFT_OUT]
-        for deb in sorted(self.debs.glob("*.deb")):
-            if deb == kernel:
-                continue
-            content = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE)
-            run("tar", "-x", "--no-same-owner", "--keep-directory-symlink", "-C", self.tree, *left_out, stdin=content.stdout)
-            if content.wait() != 0:
-                raise RuntimeError(f"dpkg-deb cannot unpack {deb.name}")
-        unpacked = self.work / "kernel"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        run("dpkg-deb", "-x", kernel, unpacked)
-        version = next((unpacked / "lib/modules").iterdir()).name
-        modules = self.tree / "usr/lib/modules" / version
-        shutil.copytree(unpacked / "lib/modules" / version, modules, symlinks=True)
-        for big in ("drivers/infiniband", "drivers/net/ethernet", "drivers/media", "drivers/gpu", "sound"):
-            shutil.rmtree(modules / "kernel" / big, ignore_errors=True)
-        run("/sbin/depmod", "-b", self.tree, version)
-        shutil.copy(next((unpacked / "boot").glob("vmlinuz-*")), self.bzimage)
-        self._furnish()
-        return version
-
-    def _furnish(self):
-        """What package scripts would have made, as far as it is needed."""
-        tree = self.tree
-        for folder in "proc sys dev run tmp root mnt payload out etc var/tmp var/log lab/guest".split():
-            (tree / folder).mkdir(parents=True, exist_ok=True)
-        (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
-        (tree / "etc/group").write_text("root:x:0:\nkvm:x:106:\n")
-        (tree / "etc/hosts").write_text("127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n")
-        links = {"sh": "bash", "awk": "mawk"}
-        busybox = tree / "usr/bin/busybox"
-        names = run(busybox, "--list", capture_output=True, text=True).stdout.split()
-        for name, to in [*links.items(), *((n, "busybox") for n in names)]:
-            places = [tree / "usr/bin" / name, tree / "usr/sbin" / name]
-            if not any(os.path.lexists(p) for p in places):
-                places[0].symlink_to(to)
-        run("/sbin/ldconfig", "-r", tree)
-
-    def _unpack_kernel(self):
-        """vmlinux out of the bzImage: the setup header says where the packed kernel is (boot protocol 2.08)."""
-        packed = self.bzimage.read_bytes()
-        number = lambda at, size: int.from_bytes(packed[at : at + size], "little")
-        start = (number(0x1F1, 1) + 1) * 512 + number(0x248, 4)
-        payload = packed[start : start + number(0x24C, 4)]
-        tools = {b"\x02\x21\x4c\x18": "lz4 -dc", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zX": "xz -dc --single-stream", b"\x1f\x8b": "gzip -dc"}
-        tool = next((t for magic, t in tools.items() if payload.startswith(magic)), None)
-        if tool is None:
-            raise RuntimeError(f"{self.bzimage} is packed in a way that is not known here")
-        # The last four bytes are the size, which the tools take for garbage and say so.
-        kernel = subprocess.run(tool.split(), input=payload, capture_output=True).stdout
-        if not kernel.startswith(b"\x7fELF"):
-            raise RuntimeError(f"{self.bzimage} does not hold an ELF kernel")
-        self.vmlinux.write_bytes(kernel)
-
-    def _modules(self, version, names):
-        """Files of the modules with all they need, in the order to load them."""
-        base = self.tree / "usr/lib/modules" / version
-        needs = {}
-        for line in (base / "modules.dep").read_text().splitlines():
-            module, _, rest = line.partition(":")
-            needs[module] = rest.split()
-        by_name = {Path(m).name.split(".ko")[0].replace("-", "_"): m for m in needs}
-        builtin = {Path(m).name[:-3].replace("-", "_") for m in (base / "modules.builtin").read_text().split()}
-        order = []
-        for name in (n.replace("-", "_") for n in names):
-            if name in builtin:
-                continue
-            module = by_name[name]
-            order += [m for m in [*reversed(needs[module]), module] if m not in order]
-        return [base / m for m in order]
-
-    def _initrd(self, out, init, version, modules, more=()):
+    def _initrd(self, out, init, kernel, modules, more=()):
         tree = self.work / "initrd"
         shutil.rmtree(tree, ignore_errors=True)
         for folder in "bin dev proc sys tmp mods root etc data".split():
@@ -248,10 +150,8 @@ class Images:
         for source, name in [(init, "init"), *((m, m.name) for m in more)]:
             shutil.copy(source, tree / name)
             (tree / name).chmod(0o755)
-        files = self._modules(version, modules)
-        for file in files:
-            shutil.copy(file, tree / "mods")
-        (tree / "mods/order").write_text("".join(f"{f.name}\n" for f in files))
+        names = [copy_module(file, tree / "mods") for file in kernel.module_files(modules)]
+        (tree / "mods/order").write_text("".join(f"{name}\n" for name in names))
         # Not packed: a slow guest is up sooner.
         with open(out, "wb") as image:
             names = "\n".join(sorted(str(p.relative_to(tree)) for p in tree.rglob("*")))
@@ -265,11 +165,36 @@ class Images:
         (tree / "mods/order").write_text("")
         make_ext4(self.guest_root, "24M", tree)
 
-    def _host_root(self):
+    def _guest_system(self, packages):
+        """The disk of a guest that is a Debian with systemd, which runs the same programs."""
+        tree = self.work / "system"
+        unpack(packages, tree)
+        for program in self._programs():
+            shutil.copy(program, tree)
+            (tree / program.name).chmod(0o755)
+        (tree / "data").mkdir()
+        units = tree / "etc/systemd/system"
+        wanted = units / "multi-user.target.wants"
+        wanted.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.sources / "guest/main.service", units)
+        (wanted / "main.service").symlink_to("../main.service")
+        # Without, systemd takes it for a first boot, and asks for a time zone.
+        (tree / "etc/machine-id").write_text("")
+        # Nobody logs in; a getty would take the console away from the programs.
+        (units / "serial-getty@ttyS0.service").symlink_to("/dev/null")
+        make_ext4(self.guest_system, "192M", tree)
+
+    def _host_root(self, kernel):
+        left_out = shutil.ignore_patterns(*UNUSED_MODULES)
+        shutil.copytree(kernel.modules, self.tree / "usr/lib/modules" / kernel.version, symlinks=True, ignore=left_out)
+        for folder in ("payload", "out", "lab/guest"):
+            (self.tree / folder).mkdir(parents=True, exist_ok=True)
         lab = self.tree / "lab"
         for name in ("init", "lib.sh", "stream.py", "clock.py", "vsock.py", "qmp.py"):
             shutil.copy(self.sources / "host" / name, lab)
         (lab / "init").chmod(0o755)
-        for image, name in [(self.vmlinux, "vmlinux"), (self.bzimage, "bzImage"), (self.guest_initrd, "initrd"), (self.guest_root, "root.ext4")]:
+        images = {"vmlinux": self.vmlinux, "bzImage": self.bzimage, "initrd": self.guest_initrd, "root.ext4": self.guest_root,
+            "system.ext4": self.guest_system}
+        for name, image in images.items():
             shutil.copy(image, lab / "guest" / name)
         make_ext4(self.host_root, "900M", self.tree)

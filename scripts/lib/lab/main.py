@@ -10,7 +10,7 @@ from pathlib import Path
 
 import checks
 import hosts
-from images import Images, make_ext4
+from images import HOST_KERNEL, Images, make_ext4
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests/lab"
@@ -36,6 +36,10 @@ def scenarios():
             name = f"linux-{mode}-{cpus}"
             about = f"moves a Linux guest with disk and network A → B → A: {mode}, {cpus} vCPU{'s' * (cpus > 1)}"
             all_.append(Scenario(name, "linux", about, {"MODE": mode, "CPUS": cpus}))
+    for mode in ("precopy", "postcopy"):
+        about = f"the same with a whole Debian as the guest, by systemd: {mode}, 2 vCPUs"
+        settings = {"MODE": mode, "CPUS": 2, "MEMORY": "384M", "SYSTEM": "debian"}
+        all_.append(Scenario(f"debian-{mode}", "linux", about, settings))
     for mode in ("precopy", "postcopy"):
         about = f"the same with sockets between host and guest as well: {mode}, 1 vCPU"
         all_.append(Scenario(f"vsock-{mode}", "linux", about, {"MODE": mode, "VSOCK": 1}))
@@ -127,9 +131,12 @@ def main():
     parser.add_argument("--work", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list the scenarios")
-    commands.add_parser("setup", help="download and build what the lab boots")
-    commands.add_parser("guest", help="download and build a guest alone, as scripts/demo --linux boots it")
-    run = commands.add_parser("run", help="run scenarios")
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument("--kernel", default=HOST_KERNEL, metavar="PACKAGE",
+        help=f"the guest's kernel: a Debian package, such as linux-image-amd64, or a file of one ({HOST_KERNEL})")
+    commands.add_parser("setup", parents=[images], help="download and build what the lab boots")
+    commands.add_parser("guest", parents=[images], help="download and build a guest alone, as scripts/demo --linux boots it")
+    run = commands.add_parser("run", parents=[images], help="run scenarios")
     run.add_argument("names", nargs="+", metavar="NAME", help="a scenario, or a group: " + ", ".join(GROUPS))
     run.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each scenario (600)")
     run.add_argument("--host-cpus", type=int, default=1, metavar="N", help="CPUs of each emulated host (1)")
@@ -142,7 +149,7 @@ def main():
         for scenario in scenarios().values():
             print(f"{scenario.name:20} {scenario.about}")
         return 0
-    images = Images(args.work, TESTS)
+    images = Images(args.work, TESTS, args.kernel)
     say = lambda text: print(f"lab: {text}", file=sys.stderr, flush=True)
     if args.command == "guest":
         images.build_guest(say)

@@ -54,9 +54,9 @@ one bzimage-1 1 /lab/guest/bzImage panic
 one vmlinux-2 2 $kernel poweroff
 one bzimage-3 3 /lab/guest/bzImage poweroff /lab/guest/root.ext4
 one bzimage-4 4 /lab/guest/bzImage quit
-pages=thp one vmlinux-thp-1 1 $kernel quit
-pages=thp one vmlinux-thp-2 2 $kernel quit
-pages=thp one vmlinux-thp-4 4 $kernel quit
+one vmlinux-4 4 $kernel quit
+pages=4K one vmlinux-4K-1 1 $kernel quit
+pages=4K one vmlinux-4K-2 2 $kernel quit
 with_qemu qemu-1 1
 with_qemu qemu-2 2
 with_qemu qemu-4 4

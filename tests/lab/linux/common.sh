@@ -1,12 +1,15 @@
 # Both hosts of the scenario: a Linux guest goes A → B → A.
 # MODE precopy, hybrid or postcopy; CPUS; MEMORY; DEVICES=0 leaves out disks and network; VSOCK=1 adds sockets
-# between host and guest; VMM=qemu moves it with QEMU, to compare with;
+# between host and guest; VMM=qemu moves it with QEMU, to compare with; SYSTEM=debian is a guest with systemd;
 # SEND_WORDS are more words for vmsend.
-: "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=1}" "${VSOCK:=0}" "${LEG_BEATS:=40}" "${VMM:=vmferry}"
+: "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=1}" "${VSOCK:=0}" "${LEG_BEATS:=40}" "${VMM:=vmferry}" "${SYSTEM:=small}"
 guest_ip=10.77.0.9 guest_mac=52:54:00:77:01:09
 # How much the guest's clock may change against its host's by a move.
 clock_limit_ms=50
-words="$append guest.sum=16"
+words="$append guest.sum=16" root_image=/lab/guest/root.ext4
+if [ "$SYSTEM" = debian ]; then
+  words+=" guest.init=/sbin/init net.ifnames=0 systemd.show_status=0" root_image=/lab/guest/system.ext4
+fi
 if [ "$DEVICES" = 1 ]; then
   words="$words root=/dev/vda guest.ip=$guest_ip/24 guest.data=/dev/vdb"
   bridge_up

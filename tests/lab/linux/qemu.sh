@@ -3,7 +3,7 @@ devices=()
 # It stops the guest's clock while it moves it: how much that comes to is reported, and no failure.
 clock_limit_ms=60000
 if [ "$DEVICES" = 1 ]; then
-  devices=(-drive "file=/lab/guest/root.ext4,if=none,id=root,format=raw,readonly=on" -device virtio-blk-device,drive=root
+  devices=(-drive "file=$root_image,if=none,id=root,format=raw,readonly=on" -device virtio-blk-device,drive=root
     -drive "file=$LAB_SHARED,if=none,id=data,format=raw,cache=none,file.locking=off" -device virtio-blk-device,drive=data
     -netdev tap,id=net,ifname=tap0,script=no,downscript=no -device "virtio-net-device,netdev=net,mac=$guest_mac")
 fi

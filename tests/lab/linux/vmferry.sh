@@ -2,9 +2,9 @@
 devices=() remaps=()
 if [ "$DEVICES" = 1 ]; then
   # The data disk is the same on both hosts, so that neither may keep any of it in its page cache.
-  devices=(--disk "/lab/guest/root.ext4,readonly,id=root" --disk "$LAB_SHARED,direct,id=data" --net "tap=tap0,mac=$guest_mac,id=net")
+  devices=(--disk "$root_image,readonly,id=root" --disk "$LAB_SHARED,direct,id=data" --net "tap=tap0,mac=$guest_mac,id=net")
   # A disk's image at the destination is for the receiver to name.
-  remaps=(--remap root=/lab/guest/root.ext4,readonly --remap "data=$LAB_SHARED,direct")
+  remaps=(--remap root=$root_image,readonly --remap "data=$LAB_SHARED,direct")
 fi
 if [ "$VSOCK" = 1 ]; then
   words+=" guest.vsock=1"
