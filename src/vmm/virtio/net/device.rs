@@ -104,7 +104,7 @@ impl Net {
 
     /// Frames from the tap to the guest, until there are none or the guest has no buffers.
     fn receive(&mut self, io: &mut Io) -> Result<(), DeviceError> {
-        let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
+        let features = self.features.unwrap_or(0);
         let mut signal = false;
         self.listening = false;
         let mut left = RECEIVE_BATCH;
@@ -129,7 +129,7 @@ impl Net {
                     }
                 },
             };
-            match deliver(memory, queue, &mut self.incoming[..bytes], mergeable)? {
+            match deliver(memory, queue, &mut self.incoming[..bytes], features)? {
                 Delivery::Done { signal: wanted } => signal |= wanted,
                 Delivery::NoBuffers => {
                     self.pending = Some(bytes);

@@ -1,5 +1,8 @@
 //! A driver, written against guest memory: what it puts out, and what it finds.
 
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_DATA_VALID,
+};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -79,7 +82,7 @@ impl Driver {
     }
 
     fn deliver(&mut self, frame: &mut [u8], mergeable: bool) -> Result<Delivery, virtio_queue::Error> {
-        deliver(self.ram.memory(), &mut self.queue, frame, mergeable)
+        deliver(self.ram.memory(), &mut self.queue, frame, u64::from(mergeable) << VIRTIO_NET_F_MRG_RXBUF)
     }
 
     /// The frames that are sent, without their headers.
@@ -112,6 +115,18 @@ fn a_frame_fills_one_buffer_and_counts_it() {
         driver.ram.take_device_written(&mut dirty);
         assert_ne!(dirty[0] & 1 << (USED >> 12), 0);
         assert_ne!(dirty[0] & 1 << (at >> 12), 0);
+    }
+}
+
+#[test]
+fn a_driver_that_knows_no_checksums_is_told_nothing_of_them() {
+    for (features, told) in [(0, 0), (1 << VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_HDR_F_DATA_VALID as u8)] {
+        let mut driver = Driver::new();
+        let at = driver.buffer(0, 2048);
+        let mut frame = frame(100);
+        frame[0] = VIRTIO_NET_HDR_F_DATA_VALID as u8;
+        deliver(driver.ram.memory(), &mut driver.queue, &mut frame, features).unwrap();
+        assert_eq!(driver.bytes(at, 1), [told]);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT, Writer};
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{Bytes, GuestAddress};
@@ -9,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::sys::tap::VNET_HEADER_BYTES;
 use crate::vmm::memory::TrackedMemory;
 
-/// Where `num_buffers` is in the header.
+/// Where `flags` and `num_buffers` are in the header.
+const FLAGS_AT: usize = 0;
 const NUM_BUFFERS_AT: usize = 10;
 
 /// What has become of a frame.
@@ -27,17 +29,17 @@ pub enum Delivery {
 }
 
 /// Writes `frame`, which begins with its header, into the guest's buffers: one of them, or as many
-/// as it takes if the driver has accepted VIRTIO_NET_F_MRG_RXBUF.
+/// as it takes if the driver has accepted VIRTIO_NET_F_MRG_RXBUF. `features` are those that it has accepted.
 ///
 /// An error means that the driver has broken its queue.
 pub fn deliver(
     memory: &TrackedMemory,
     queue: &mut Queue,
     frame: &mut [u8],
-    mergeable: bool,
+    features: u64,
 ) -> Result<Delivery, Error> {
     let before = queue.next_avail();
-    let most = if mergeable { queue.size() } else { 1 };
+    let most = if features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0 { queue.size() } else { 1 };
     let mut buffers = Vec::new();
     let mut room = 0;
     while room < frame.len() {
@@ -57,6 +59,10 @@ pub fn deliver(
         // The first holds the header whole (5.1.6.3.1).
         room += if buffers.is_empty() && buffer.room() < VNET_HEADER_BYTES { 0 } else { buffer.room() };
         buffers.push(buffer);
+    }
+    // A tap says that it knows a checksum to be right also to whoever has not accepted GUEST_CSUM (5.1.6.4.1).
+    if features & 1 << VIRTIO_NET_F_GUEST_CSUM == 0 {
+        frame[FLAGS_AT] = 0;
     }
     // Whoever has not accepted MRG_RXBUF finds 1 here.
     frame[NUM_BUFFERS_AT..VNET_HEADER_BYTES].copy_from_slice(&(buffers.len() as u16).to_le_bytes());
