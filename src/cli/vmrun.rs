@@ -85,10 +85,10 @@ pub struct Args {
 
     /// Make the guest's memory of pages of this size: 4K, 2M or thp
     ///
-    /// thp asks the host for transparent huge pages, which it gives where it can: to root always, to
-    /// others where the host's shmem_enabled says so. 2M takes huge pages out of the host's pool
-    /// (hugetlb), all of them at the start. 4K by default; with --incoming, what the guest's memory is
-    /// made of where it comes from.
+    /// thp, the default, asks the host for transparent huge pages, which it gives where it can: to root
+    /// always, to others where the host's shmem_enabled says so. 2M takes huge pages out of the host's
+    /// pool (hugetlb), all of them at the start. 4K takes the least memory. With --incoming the default
+    /// is what the guest's memory is made of where it comes from.
     #[arg(long, value_name = "PAGES")]
     pub hugepages: Option<RamPages>,
 
@@ -285,7 +285,7 @@ fn host(args: Args) -> Result<Ending, ServiceError> {
             name: args.name,
             uuid: uuid()?,
             memory_bytes: args.memory.0,
-            ram_pages: args.hugepages.unwrap_or_default(),
+            ram_pages: args.hugepages.unwrap_or(RamPages::Transparent),
             vcpus: args.cpus,
             kernel,
             initrd: args.initrd,
