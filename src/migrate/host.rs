@@ -1,7 +1,6 @@
 //! The `vmrun --incoming` that a receiver fills: started or attached to, and driven over its
 //! control socket.
 
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -125,8 +124,7 @@ impl Host {
 /// Restores devices and synchronises the vCPUs from `state`, on a connection of its own.
 pub fn import(mut client: Client, attempt: Attempt, state: &[u8]) -> Result<Imported, ClientError> {
     let io = |source| ClientError::Io { path: client.path().to_owned(), source };
-    let memfd = memfd::create_sealed(c"vm-state", state.len() as u64).map_err(io)?;
-    memfd.write_all_at(state, 0).map_err(io)?;
+    let memfd = memfd::sealed_with(c"vm-state", state).map_err(io)?;
     client.import(attempt, &memfd, state.len() as u64)
 }
 

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -22,9 +23,25 @@ pub fn create_sealed_huge(name: &CStr, bytes: u64) -> io::Result<File> {
     create(name, bytes, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)
 }
 
+/// One that holds `content`, sealed like [`create_sealed`]: made without ftruncate(2), which movers may not call.
+pub fn sealed_with(name: &CStr, content: &[u8]) -> io::Result<File> {
+    let file = open(name, MFdFlags::empty())?;
+    file.write_all_at(content, 0)?;
+    seal(file)
+}
+
 fn create(name: &CStr, bytes: u64, kind: MFdFlags) -> io::Result<File> {
-    let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind)?);
+    let file = open(name, kind)?;
     file.set_len(bytes)?;
+    seal(file)
+}
+
+fn open(name: &CStr, kind: MFdFlags) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | kind;
+    Ok(File::from(memfd_create(name, flags)?))
+}
+
+fn seal(file: File) -> io::Result<File> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
@@ -32,8 +49,6 @@ fn create(name: &CStr, bytes: u64, kind: MFdFlags) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     #[test]
@@ -43,5 +58,8 @@ mod tests {
         assert!(file.set_len(4096).is_err());
         assert!(file.set_len(2 << 20).is_err());
         file.write_all_at(b"x", 4096).unwrap();
+        let file = sealed_with(c"test", b"content").unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 7);
+        assert!(file.write_all_at(b"x", 7).is_err() && file.set_len(0).is_err());
     }
 }

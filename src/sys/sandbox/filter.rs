@@ -21,7 +21,7 @@ pub(super) enum Filter {
 
 /// Memory of one's own. `mmap` and `mprotect` have conditions, see `conditions`.
 const MEMORY: &[c_long] =
-    &[SYS_brk, SYS_munmap, SYS_mremap, SYS_madvise, SYS_mincore, SYS_msync, SYS_memfd_create, SYS_ftruncate];
+    &[SYS_brk, SYS_munmap, SYS_mremap, SYS_madvise, SYS_mincore, SYS_msync, SYS_memfd_create];
 /// Threads that are there: waiting, waking, ending.
 const THREADS: &[c_long] = &[
     SYS_futex,
@@ -158,6 +158,8 @@ const LISTENING: &[c_long] = &[SYS_bind, SYS_listen, SYS_socketpair];
 const COMMANDS: &[c_long] = &[SYS_pidfd_send_signal];
 /// What `vmrun` needs for its guest's RAM and faults, and to confine its threads further.
 const VMRUN: &[c_long] = &[
+    // Not for movers: RAM on a tmpfs is not sealed, and vmrun dies by SIGBUS where it was cut short.
+    SYS_ftruncate,
     SYS_userfaultfd,
     // RAM on a tmpfs of its own; it takes CAP_SYS_ADMIN as well, which goes before the guest runs.
     SYS_fsopen,

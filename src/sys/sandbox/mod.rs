@@ -144,7 +144,7 @@ fn apply(filter: Filter) -> io::Result<()> {
 }
 
 /// Tries what is forbidden, where the environment variable VMFERRY_FORBIDDEN names `place`: a system call
-/// that no filter allows; with `place:file` or `place:port` a file or a TCP port that landlock does not
+/// that no filter allows; with `place:truncate` one that movers may not make; with `place:file` or `place:port` a file or a TCP port that landlock does not
 /// name; with `place:panic` it panics, for the backtrace. For tests, and nowhere else.
 #[cfg(feature = "fault-points")]
 pub fn try_forbidden(place: &str) {
@@ -155,6 +155,11 @@ pub fn try_forbidden(place: &str) {
             // SAFETY: no such request exists, so that it changes nothing where it is let through.
             let rc = unsafe { libc::syscall(libc::SYS_ptrace, -1, 0, 0, 0) };
             tracing::info!("ptrace gave {rc}: {}", io::Error::last_os_error());
+        }
+        ":truncate" => {
+            // SAFETY: there is no such descriptor, so that it changes nothing where it is let through.
+            let rc = unsafe { libc::ftruncate(-1, 0) };
+            tracing::warn!("ftruncate gave {rc}: {}", io::Error::last_os_error());
         }
         ":file" => tracing::warn!("the file gave {:?}", std::fs::File::open("/etc/passwd").map(drop)),
         ":port" => {
