@@ -1,9 +1,11 @@
 """Runs scenarios in the lab; see scripts/lab."""
 
 import argparse
+import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,15 @@ class Scenario:
     folder: str
     about: str
     settings: dict
+    host_cpus: int = 1
 
 
 def scenarios():
     """All of them by name."""
     all_ = [Scenario("boot", "boot", "boots Debian's kernel in vmrun, from vmlinux and bzImage, with 1 to 4 vCPUs", {})]
     all_.append(Scenario("demo", "demo", "runs scripts/demo --linux on a host whose KVM can", {}))
+    about = "runs the unit tests of guest memory on the hosts' kernel, with two CPUs"
+    all_.append(Scenario("units", "units", about, {"TESTS": "migrate::ram::"}, host_cpus=2))
     for mode in ("precopy", "hybrid", "postcopy"):
         for cpus in (1, 2):
             name = f"linux-{mode}-{cpus}"
@@ -53,7 +58,7 @@ def scenarios():
 GROUPS = {
     "linux": lambda name: name.startswith("linux-"),
     "qemu": lambda name: name.startswith("qemu-"),
-    "ci": lambda name: name in ("linux-precopy-1", "linux-postcopy-1"),
+    "ci": lambda name: name in ("units", "linux-precopy-1", "linux-postcopy-1"),
     "all": lambda name: True,
 }
 
@@ -92,6 +97,15 @@ def report(scenario, outcome, out, words, figures):
     return not problems
 
 
+def unit_tests(work):
+    """The program of the library's unit tests, as scripts/test builds it, without what only a debugger reads."""
+    command = ["cargo", "test", "--locked", "--features", "fault-points", "--lib", "--no-run", "--message-format=json"]
+    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    program = next(made["executable"] for made in map(json.loads, said.splitlines()) if made.get("executable"))
+    subprocess.run(["strip", "-o", work / "units", program], check=True)
+    return work / "units"
+
+
 def attempt(scenario, images, args):
     """Runs a scenario, with another lab when one has stopped. Gives whether it passed, how many labs stopped, and
     the figures of a guest that was moved."""
@@ -105,7 +119,9 @@ def attempt(scenario, images, args):
         make_ext4(images.guest_data, "64M")
         files += [(ROOT / "scripts/lib" / name, f"demo/{name}") for name in ("demo.sh", "demo-linux")]
         files += [(images.guest_data, "demo/data.ext4")]
-    lab = hosts.Settings(cpus=args.host_cpus, timeout_s=args.timeout)
+    if scenario.folder == "units":
+        files += [(unit_tests(Path(args.work)), "units/program")]
+    lab = hosts.Settings(cpus=max(args.host_cpus, scenario.host_cpus), timeout_s=args.timeout)
     for restarts in range(MOST_RESTARTS + 1):
         print(f"{scenario.name}: {scenario.about}", flush=True)
         outcome = hosts.run(images, files, out, scenario.folder, lab)
