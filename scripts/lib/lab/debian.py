@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # Pulled in by dependencies, of no use where no package script runs.
@@ -56,9 +57,13 @@ class Debian:
     def kernel(self, package):
         """The file of a kernel's package: of one that is named, or of what that depends on, or a file itself."""
         if package.endswith(".deb"):
+            if not Path(package).is_file():
+                sys.exit(f"lab: there is no file {package}")
             return Path(package)
-        depends = run("apt-cache", *self.apt, "depends", package, capture_output=True, text=True).stdout
-        if found := re.search(r"Depends: (linux-image\S+)", depends):
+        asked = subprocess.run(["apt-cache", *self.apt, "depends", package], capture_output=True, text=True)
+        if asked.returncode != 0:
+            sys.exit(f"lab: no package {package}: {asked.stderr.strip()}")
+        if found := re.search(r"Depends: (linux-image\S+)", asked.stdout):
             package = found.group(1)
         return self._fetch([package], package)[0]
 

@@ -132,6 +132,8 @@ class Images:
 
     def _fingerprint(self):
         digest = hashlib.sha256(self.guest_kernel.encode())
+        if Path(self.guest_kernel).is_file():
+            digest.update(Path(self.guest_kernel).read_bytes())
         for name in ("images.py", "kernel.py", "debian.py"):
             digest.update((Path(__file__).parent / name).read_bytes())
         for folder in ("host", "guest"):
