@@ -13,7 +13,7 @@ if [ "$VSOCK" = 1 ]; then
 fi
 boot_guest() { # boot_guest LOG SOCKET
   $bin/vmrun --kernel $kernel --initrd $initrd --cmdline "$words" --cpus "$CPUS" --memory "$MEMORY" --name linux \
-    --serial "file:$1" --control "$2" "${devices[@]}" >/out/vmrun.out 2>&1 &
+    --serial "file:$1" --control "$2" "${devices[@]}" $VMRUN_WORDS >/out/vmrun.out 2>&1 &
   vmrun=$!
 }
 receive() { # receive LOG SOCKET: the host ends of devices have the same names on both hosts
