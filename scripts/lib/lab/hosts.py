@@ -51,7 +51,7 @@ def clock():
 @dataclass
 class Settings:
     cpus: int = 1
-    memory_mib: int = 2048
+    memory_mib: int = 1536
     mtu: int = 9000
     timeout_s: int = 600
     shared_mib: int = 64

@@ -192,7 +192,7 @@ class Images:
         for folder in ("payload", "out", "lab/guest"):
             (self.tree / folder).mkdir(parents=True, exist_ok=True)
         lab = self.tree / "lab"
-        for name in ("init", "lib.sh", "stream.py", "clock.py", "vsock.py", "qmp.py"):
+        for name in ("init", "lib.sh", "board.py", "stream.py", "clock.py", "vsock.py", "qmp.py"):
             shutil.copy(self.sources / "host" / name, lab)
         (lab / "init").chmod(0o755)
         images = {"vmlinux": self.vmlinux, "bzImage": self.bzimage, "initrd": self.guest_initrd, "root.ext4": self.guest_root,

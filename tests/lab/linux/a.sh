@@ -27,6 +27,7 @@ vsock_gone
 peer arrived 300 >/dev/null || die "b does not have it"
 ping_end
 # And back.
+scrub
 vsock_up back
 receive $back /run/vm2.sock
 ping_start back-from-a

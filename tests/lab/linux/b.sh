@@ -6,6 +6,7 @@ follow $log
 peer up 60 >/dev/null || die "a is not up"
 result "hosts $(python3 /lab/clock.py "$LAB_PEER_IP" --set) before they were set"
 peer booted 240 >/dev/null || die "there is no guest"
+scrub
 vsock_up there
 receive $log /run/vm.sock
 ping_start from-b

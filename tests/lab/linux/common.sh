@@ -29,23 +29,11 @@ clock_right() {
   result "clock $1 $said${2:+ change_ms=$(awk -v is="$clock_ms" -v was="$2" 'BEGIN { printf "%.1f", is - was }')}"
   [ $rc = 0 ] || die "the guest's clock has changed by more than $clock_limit_ms ms: $said, was $2"
 }
-# While there is no answer for three seconds: what the hosts' threads are at, each second, for whoever wonders why.
-watch_ping() { # watch_ping NAME PID
-  local is was=0 silent=0
-  while kill -0 "$2" 2>/dev/null; do
-    sleep 1
-    is=$(grep -c 'bytes from' "/out/ping-$1")
-    if [ "$is" = "$was" ]; then silent=$((silent + 1)); else silent=0; fi
-    was=$is
-    [ $silent -lt 3 ] || { echo "== $EPOCHREALTIME" && wreck; } >>"/out/silent-$1" 2>&1
-  done
-}
 # Pings the guest every 0.1 s: ping_start NAME, and ping_end.
 ping_start() {
   [ "$DEVICES" = 1 ] || return 0
   ping -D -i 0.1 -O $guest_ip >"/out/ping-$1" 2>&1 &
   ping=$!
-  watch_ping "$1" $ping &
   await 'bytes from' "/out/ping-$1" 60 || { tail -3 "/out/ping-$1"; die "no ping"; }
   echo "LAB-CLOCK $EPOCHREALTIME"
 }
@@ -56,11 +44,8 @@ ping_end() {
 }
 health() { grep -a GUEST-HEALTH "$1" | tail -1 | grep -oE "$2=[0-9]+" | cut -d= -f2 | grep . || echo 0; }
 more() { # more WORD BEFORE LOG
-  local until=$((SECONDS + 60))
-  while [ "$(health "$3" "$1")" -le "$2" ]; do
-    [ $SECONDS -lt $until ] || return 1
-    sleep 0.2
-  done
+  watch "$3" 60 mawk -W interactive -v "word=$1=" -v "before=$2" \
+    '/GUEST-HEALTH/ && (at = index($0, word)) && substr($0, at + length(word)) + 0 > before + 0 { exit }'
 }
 # The guest goes on at LOG, beyond the beats that were posted as NAME, works, and says of itself that it is well.
 goes_on() { # goes_on LOG NAME CLOCK_MS

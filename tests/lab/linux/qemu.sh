@@ -16,21 +16,26 @@ start_qemu() { # start_qemu LOG SOCKET [WORD...]
   qemu=$!
 }
 qmp() { python3 /lab/qmp.py "$@"; }
-postcopy='{"capabilities":[{"capability":"postcopy-ram","state":true}]}'
+# What QMP is told to turn on: capabilities NAME…
+capabilities() {
+  local name all=
+  for name; do all+=",{\"capability\":\"$name\",\"state\":true}"; done
+  echo "{\"capabilities\":[${all#,}]}"
+}
 boot_guest() { start_qemu "$1" "$2"; }
 receive() { # receive LOG SOCKET
   start_qemu "$1" "$2" -incoming defer
-  [ "$MODE" = precopy ] || qmp "$2" migrate-set-capabilities "$postcopy" >/dev/null || die "no postcopy"
+  [ "$MODE" = precopy ] || qmp "$2" migrate-set-capabilities "$(capabilities postcopy-ram)" >/dev/null || die "no postcopy"
   qmp "$2" migrate-incoming '{"uri":"tcp:0:7070"}' >/dev/null || { cat /out/qemu.out; die "QEMU does not wait"; }
 }
 received() { :; }
 send() { # send SOCKET
-  local limits='{"max-bandwidth":1000000000,"downtime-limit":300}' uri="{\"uri\":\"tcp:$LAB_PEER_IP:7070\"}" after=()
+  local limits='{"max-bandwidth":1000000000,"downtime-limit":300}' uri="{\"uri\":\"tcp:$LAB_PEER_IP:7070\"}" after=() capable=(events)
   if [ "$MODE" != precopy ]; then
-    qmp "$1" migrate-set-capabilities "$postcopy" >/dev/null || die "no postcopy"
     after=(postcopy-after=0.5)
+    capable+=(postcopy-ram)
   fi
-  qmp "$1" migrate-set-parameters "$limits" migrate "$uri" await-migration "${after[@]}" >/out/send.json || { cat /out/send.json; die "QEMU did not send"; }
+  qmp "$1" migrate-set-capabilities "$(capabilities "${capable[@]}")" migrate-set-parameters "$limits" migrate "$uri" await-migration "${after[@]}" >/out/send.json || { cat /out/send.json; die "QEMU did not send"; }
   tail -1 /out/send.json
   python3 - <<'END'
 import json
