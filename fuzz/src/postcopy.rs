@@ -73,12 +73,13 @@ fn serve(mut owed: Owed, requests: Vec<u64>, received: &PageSet, input: &mut Rea
     };
     for page in requests {
         let answer = owed.answer(page);
-        sent.answered(&owed, answer);
+        sent.answered(&owed, page, answer);
     }
     for _ in 0..input.u8() {
         if input.u8() & 1 == 1 {
-            let answer = owed.answer(page(input));
-            sent.answered(&owed, answer);
+            let page = page(input);
+            let answer = owed.answer(page);
+            sent.answered(&owed, page, answer);
         } else {
             let runs = owed.push();
             sent.pushed(&owed, runs);
@@ -104,14 +105,15 @@ struct Sent {
 }
 
 impl Sent {
-    fn answered(&mut self, owed: &Owed, answer: Answer) {
-        match answer {
-            Answer::First(runs) => _ = self.first(owed, &runs),
-            Answer::Again(runs) => {
-                for page in numbers(&runs) {
-                    assert!(self.pushed.remove(&page), "page {page} was not pushed, or went again before");
-                }
-            }
+    fn answered(&mut self, owed: &Owed, page: u64, answer: Answer) {
+        let all = [answer.soon.clone(), answer.rest].concat();
+        assert!(all.is_empty() || numbers(&answer.soon).any(|soon| soon == page), "page {page} has to wait");
+        if !answer.again {
+            self.first(owed, &all);
+            return;
+        }
+        for page in numbers(&all) {
+            assert!(self.pushed.remove(&page), "page {page} was not pushed, or went again before");
         }
     }
 

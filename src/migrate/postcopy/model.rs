@@ -190,10 +190,8 @@ impl World {
     fn answer(&mut self, requests: &[u64]) {
         for request in requests {
             let owed = self.sender.as_mut().and_then(|s| s.owed.as_mut());
-            match owed.map(|owed| owed.answer(*request)) {
-                Some(Answer::First(runs) | Answer::Again(runs)) => self.send(runs),
-                None => {}
-            }
+            let Answer { soon, rest, .. } = owed.map(|owed| owed.answer(*request)).unwrap_or_default();
+            self.send([soon, rest].concat());
         }
     }
 

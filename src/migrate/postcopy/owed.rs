@@ -6,6 +6,9 @@ use crate::wire::limits::MAX_AHEAD_PAGES;
 
 /// Pages of one background frame: few, since an urgent page waits for at most one of them.
 const PUSH_PAGES: u64 = 32;
+/// Of an answer, the pages around the one that was asked for that go at once, in a frame of their own: what goes along
+/// would keep whoever waits waiting, by the time that it takes to read, send and place it.
+const SOON_PAGES: u64 = 4;
 /// The first answer for an area: so many pages around the one that was asked for, if they are still owed. A
 /// guest goes back as often as it goes on, so they lie around it (aligned), not behind it.
 const AROUND_PAGES: u64 = 8;
@@ -35,14 +38,15 @@ pub fn take_ahead(first: &[u64], hot: &PageSet, left: &mut PageSet) -> Vec<PageI
     pages.filter(is_taken).take(MAX_AHEAD_PAGES).collect()
 }
 
-/// What goes to who asked for a page.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// Pages that were owed; none when there is nothing to send: the page was asked for before, or is no
-    /// page of the guest's.
-    First(Vec<PageRun>),
-    /// Pages that the background has sent on this connection, a second and last time.
-    Again(Vec<PageRun>),
+/// What goes to who asked for a page; nothing when it was asked for before, or is no page of the guest's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// These are pages that the background has sent on this connection; they go a second and last time.
+    pub again: bool,
+    /// What is waited for.
+    pub soon: Vec<PageRun>,
+    /// What goes along with it, behind it.
+    pub rest: Vec<PageRun>,
 }
 
 /// The pages that the destination has neither been sent on this connection nor said to have.
@@ -123,16 +127,17 @@ impl Owed {
     pub fn answer(&mut self, page: u64) -> Answer {
         let (owed, pushed) = (self.pages.contains(PageIndex(page)), self.pushed.contains(PageIndex(page)));
         if !owed && !pushed {
-            return Answer::First(Vec::new());
+            return Answer::default();
         }
-        let around = self.around(page);
+        let (soon, around) = (aligned(page, SOON_PAGES.min(self.around_pages)), self.around(page));
         if owed {
             (self.at, self.near) = (aligned(page, self.around_pages << DOUBLINGS).first.0, NEAR_PAGES);
-            return Answer::First(self.take(around));
+            return Answer { again: false, soon: self.take(soon), rest: self.take(around) };
         }
         // It has been sent, and may sit in a long queue of pages that nobody waits for, behind those before it.
-        let pages = around.first.0 + around.pages - page;
-        Answer::Again(self.pushed.take_runs(PageRun { first: PageIndex(page), pages }))
+        let from = |run: PageRun| PageRun { first: PageIndex(page), pages: run.first.0 + run.pages - page };
+        let (soon, rest) = (self.pushed.take_runs(from(soon)), self.pushed.take_runs(from(around)));
+        Answer { again: true, soon, rest }
     }
 
     /// What goes along with `page`; it doubles for the next that is asked for near it.
@@ -234,6 +239,14 @@ mod tests {
         PageRun { first: PageIndex(first), pages }
     }
 
+    fn first(soon: &[PageRun], rest: &[PageRun]) -> Answer {
+        Answer { again: false, soon: soon.to_vec(), rest: rest.to_vec() }
+    }
+
+    fn nothing() -> Answer {
+        Answer::default()
+    }
+
     fn pages(runs: &[PageRun]) -> Vec<u64> {
         runs.iter().flat_map(|r| r.first.0..r.first.0 + r.pages).collect()
     }
@@ -254,7 +267,7 @@ mod tests {
     #[test]
     fn near_a_request_first_then_what_is_hot_then_the_rest_and_each_page_once() {
         let mut owed = Owed::new(set(&[(0, 100), (500, 300)]), set(&[(90, 5), (490, 20), (640, 70)]));
-        assert_eq!(owed.answer(525), Answer::First(vec![run(520, 8)]));
+        assert_eq!(owed.answer(525), first(&[run(524, 4)], &[run(520, 4)]));
         let all = push_all(&mut owed);
         let near = (512..520).chain(528..512 + NEAR_PAGES);
         let hot = (672..710).chain(90..95).chain(500..510);
@@ -265,16 +278,16 @@ mod tests {
     #[test]
     fn what_goes_along_lies_around_the_page_and_doubles_where_more_is_asked_for() {
         let mut owed = Owed::new(set(&[(0, 1020)]), set(&[]));
-        assert_eq!(owed.answer(5), Answer::First(vec![run(0, 8)]));
-        assert_eq!(owed.answer(100), Answer::First(vec![run(96, 16)]));
-        assert_eq!(owed.answer(110), Answer::First(vec![]));
-        assert_eq!(owed.answer(300), Answer::First(vec![run(288, 32)]));
-        assert_eq!(owed.answer(8), Answer::First(vec![run(8, 24)]));
+        assert_eq!(owed.answer(5), first(&[run(4, 4)], &[run(0, 4)]));
+        assert_eq!(owed.answer(100), first(&[run(100, 4)], &[run(96, 4), run(104, 8)]));
+        assert_eq!(owed.answer(110), nothing());
+        assert_eq!(owed.answer(300), first(&[run(300, 4)], &[run(288, 12), run(304, 16)]));
+        assert_eq!(owed.answer(8), first(&[run(8, 4)], &[run(12, 20)]));
         // Elsewhere it begins anew, and so it does on the next connection.
-        assert_eq!(owed.answer(1019), Answer::First(vec![run(1016, 4)]));
+        assert_eq!(owed.answer(1019), first(&[run(1016, 4)], &[]));
         let mut received = PageSet::full(1024);
         received.remove_run(run(64, 64));
-        assert_eq!(Owed::anew(&received, Some(owed)).answer(70), Answer::First(vec![run(64, 8)]));
+        assert_eq!(Owed::anew(&received, Some(owed)).answer(70), first(&[run(68, 4)], &[run(64, 4)]));
     }
 
     #[test]
@@ -312,7 +325,7 @@ mod tests {
     #[test]
     fn nobody_has_what_was_never_sent() {
         let mut owed = Owed::new(set(&[(0, 100)]), set(&[(90, 4)]));
-        assert_eq!(owed.answer(10), Answer::First(vec![run(8, 8)]));
+        assert_eq!(owed.answer(10), first(&[run(8, 4)], &[run(12, 4)]));
         assert_eq!(pages(&owed.push()), (0..8).chain(16..32).collect::<Vec<_>>());
         let sent = 32;
         assert_eq!(owed.unsent(), 100 - sent);
@@ -335,24 +348,25 @@ mod tests {
     fn a_request_for_what_is_not_owed_or_no_page_takes_nothing() {
         let mut owed = Owed::new(set(&[(0, 4)]), set(&[]));
         for page in [4, 5000, u64::MAX] {
-            assert_eq!(owed.answer(page), Answer::First(vec![]));
+            assert_eq!(owed.answer(page), nothing());
         }
         assert_eq!(owed.left(), 4);
-        assert_eq!(owed.answer(3), Answer::First(vec![run(0, 4)]));
-        assert_eq!(owed.answer(3), Answer::First(vec![]));
+        assert_eq!(owed.answer(3), first(&[run(0, 4)], &[]));
+        assert_eq!(owed.answer(3), nothing());
     }
 
     #[test]
     fn what_the_background_has_sent_goes_once_more_to_who_waits_for_it_and_never_a_third_time() {
+        let again = |soon: &[PageRun], rest: &[PageRun]| Answer { again: true, ..first(soon, rest) };
         let mut owed = Owed::new(set(&[(0, 40)]), set(&[]));
         assert_eq!(pages(&owed.push()), (0..32).collect::<Vec<_>>());
-        assert_eq!(owed.answer(28), Answer::Again(vec![run(28, 4)]));
-        assert_eq!(owed.answer(30), Answer::First(vec![]));
-        assert_eq!(owed.answer(32), Answer::First(vec![run(32, 8)]));
+        assert_eq!(owed.answer(29), again(&[run(29, 3)], &[]));
+        assert_eq!(owed.answer(30), nothing());
+        assert_eq!(owed.answer(32), first(&[run(32, 4)], &[run(36, 4)]));
         // What went before it comes before it.
-        assert_eq!(owed.answer(20), Answer::Again(vec![run(20, 8)]));
+        assert_eq!(owed.answer(18), again(&[run(18, 2)], &[run(20, 9)]));
         // An answer is on nobody's heels.
-        assert_eq!(owed.answer(33), Answer::First(vec![]));
+        assert_eq!(owed.answer(33), nothing());
         assert_eq!(owed.left(), 0);
     }
 }

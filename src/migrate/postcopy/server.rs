@@ -2,7 +2,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::memory::{Granule, PageIndex};
+use crate::memory::{Granule, PageIndex, PageRun};
 use crate::transport::{RateLimiter, Sender};
 use crate::wire::RunTable;
 
@@ -68,11 +68,8 @@ impl PageServer {
         let result = frames(
             pages,
             |page| self.owed().answer(page),
-            |answer| {
-                let (pages, counters) = match answer {
-                    Answer::First(pages) => (pages, counters),
-                    Answer::Again(pages) => (pages, &self.again),
-                };
+            |pages, again| {
+                let counters = if again { &self.again } else { counters };
                 send_chunk(&Chunk { pages, zero: vec![] }, &mut table, urgent, views, counters, None)
             },
         );
@@ -115,30 +112,65 @@ impl PageServer {
     }
 }
 
-/// Collects the answers (`answer`) to `pages` into frames, which go out through `send`: one for each page,
-/// but for pages of the same huge page as few as [`ANSWER_PAGES`] allows.
+/// Collects the answers (`answer`) to `pages` into frames, which go out through `send` with whether they go again:
+/// what is waited for first, and what goes along when all of that is out.
 fn frames<E>(
     pages: &[u64],
     mut answer: impl FnMut(u64) -> Answer,
-    mut send: impl FnMut(Answer) -> Result<(), E>,
+    mut send: impl FnMut(Vec<PageRun>, bool) -> Result<(), E>,
 ) -> Result<(), E> {
-    let (mut runs, mut held, mut around) = (Vec::new(), 0, None);
+    let (mut bundle, mut rests) = (Bundle::default(), Vec::new());
     for page in pages {
-        let whole = Some(Granule::HUGE.around(PageIndex(*page)).first);
-        if held > 0 && (held >= ANSWER_PAGES || whole != around) {
-            send(Answer::First(std::mem::take(&mut runs)))?;
-            held = 0;
+        let Answer { again, soon, rest } = answer(*page);
+        bundle.add(*page, soon, again, &mut send)?;
+        rests.push((*page, rest, again));
+    }
+    bundle.send(&mut send)?;
+    for (page, rest, again) in rests {
+        bundle.add(page, rest, again, &mut send)?;
+    }
+    bundle.send(&mut send)
+}
+
+/// A frame that is being filled: one for each page that is asked for, but for pages of the same huge page as few as
+/// [`ANSWER_PAGES`] allows.
+#[derive(Default)]
+struct Bundle {
+    runs: Vec<PageRun>,
+    held: u64,
+    /// The first page of the huge page that they are asked for in, and whether they go again.
+    about: (u64, bool),
+}
+
+impl Bundle {
+    /// Adds what goes to who asked for `page`; sends what cannot go along with that.
+    fn add<E>(
+        &mut self,
+        page: u64,
+        runs: Vec<PageRun>,
+        again: bool,
+        send: &mut impl FnMut(Vec<PageRun>, bool) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if runs.is_empty() {
+            return Ok(());
         }
-        around = whole;
-        match answer(*page) {
-            Answer::First(more) => {
-                held += more.iter().map(|run| run.pages).sum::<u64>();
-                runs.extend(more);
-            }
-            again => send(again)?,
+        let about = (Granule::HUGE.around(PageIndex(page)).first.0, again);
+        if self.held >= ANSWER_PAGES || about != self.about {
+            self.send(send)?;
+        }
+        self.about = about;
+        self.held += runs.iter().map(|run| run.pages).sum::<u64>();
+        self.runs.extend(runs);
+        Ok(())
+    }
+
+    fn send<E>(&mut self, send: &mut impl FnMut(Vec<PageRun>, bool) -> Result<(), E>) -> Result<(), E> {
+        self.held = 0;
+        match std::mem::take(&mut self.runs) {
+            nothing if nothing.is_empty() => Ok(()),
+            runs => send(runs, self.about.1),
         }
     }
-    if held > 0 { send(Answer::First(runs)) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -149,8 +181,8 @@ mod tests {
     fn sent(asked: &[u64]) -> Vec<u64> {
         let mut owed = Owed::new(PageSet::full(2048), PageSet::new(2048));
         let mut frames_of = Vec::new();
-        let send = |answer: Answer| {
-            let Answer::First(runs) = answer else { panic!("nothing was pushed") };
+        let send = |runs: Vec<PageRun>, again: bool| {
+            assert!(!again, "nothing was pushed");
             frames_of.push(runs.iter().map(|run| run.pages).sum());
             Ok::<(), ()>(())
         };
@@ -161,10 +193,23 @@ mod tests {
     #[test]
     fn few_frames_for_a_huge_page_and_one_for_each_that_stands_alone() {
         let whole: Vec<u64> = (512..1024).collect();
-        assert_eq!(sent(&whole), [64; 8]);
+        assert_eq!(sent(&whole), [64, 8, 76, 84, 84, 84, 84, 28]);
         // What is owed no more has no frame; what goes along with a page may be of the next huge page.
-        assert_eq!(sent(&[3, 700, 1500, 1500]), [8, 8, 8]);
-        assert_eq!(sent(&[1020, 1023, 1024, 1100]), [8, 8 + 16]);
+        assert_eq!(sent(&[3, 700, 1500, 1500]), [4; 6]);
+        assert_eq!(sent(&[1020, 1023, 1024, 1100]), [4, 4 + 4, 4, 4 + 12]);
         assert_eq!(sent(&[]), [0; 0]);
+    }
+
+    #[test]
+    fn what_is_waited_for_is_out_before_anything_that_goes_along() {
+        let mut owed = Owed::new(PageSet::full(2048), PageSet::new(2048));
+        owed.push();
+        let mut sent = Vec::new();
+        let send = |runs: Vec<PageRun>, again: bool| {
+            sent.push((runs[0].first.0, runs[0].pages, again));
+            Ok::<(), ()>(())
+        };
+        frames(&[5, 1601], |page| owed.answer(page), send).unwrap();
+        assert_eq!(sent, [(5, 3, true), (1600, 4, false), (1604, 4, false)]);
     }
 }
