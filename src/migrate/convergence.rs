@@ -12,7 +12,8 @@ use std::time::Duration;
 /// What one finished pass has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassReport {
-    /// Pages that were looked at (data and zero).
+    /// Pages that were read, whatever was found. Not those known to have no memory: these take no time, and what is
+    /// dirtied has some.
     pub pages: u64,
     /// Bytes that went onto the wire.
     pub wire_bytes: u64,
@@ -108,8 +109,9 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     }
     let outlooks: Vec<Duration> =
         (1..=history.len()).filter_map(|n| expected_downtime(&history[..n], fixed)).collect();
+    let is_late = policy.timeout.is_some_and(|t| elapsed >= t);
     if now <= policy.downtime {
-        return if worth_another(&outlooks, fixed, policy) {
+        return if !is_late && worth_another(&outlooks, fixed, policy) {
             Decision::Continue
         } else {
             Decision::SwitchOver
@@ -118,7 +120,7 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     if policy.mode == Mode::Hybrid && (outlooks.len() >= HYBRID_PASSES && !pays_off(&outlooks, fixed)) {
         return Decision::PostcopyNow;
     }
-    let why = if policy.timeout.is_some_and(|t| elapsed >= t) {
+    let why = if is_late {
         format!("--timeout {} has passed", humantime::format_duration(policy.timeout.unwrap_or_default()))
     } else if policy.max_passes.is_some_and(|n| history.len() >= n as usize) {
         format!("{} passes were made", history.len())
@@ -135,6 +137,13 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
             Decision::GiveUp(format!("did not converge: {why}; {}; {ADVICE}", figures(history, now, policy)))
         }
     }
+}
+
+/// Whether a pass under way is to end before all of it is sent, `elapsed` after the start: time is up, and what is left
+/// goes after the guest, or the guest stays. Where it has to move whatever the downtime, the pass makes that shorter.
+pub fn cuts_short(elapsed: Duration, policy: &Policy) -> bool {
+    let is_late = policy.timeout.is_some_and(|t| elapsed >= t);
+    is_late && (policy.mode == Mode::Hybrid || policy.on_timeout != OnTimeout::Force)
 }
 
 /// Within the downtime already: whether one more pass is likely to make it clearly shorter.
@@ -283,6 +292,19 @@ mod tests {
     }
 
     #[test]
+    fn a_pass_ends_with_the_time_but_for_who_has_to_move_whatever_the_downtime() {
+        let timed = Policy { timeout: Some(900 * MS), ..policy() };
+        let cuts = |elapsed, mode, on_timeout| cuts_short(elapsed, &Policy { mode, on_timeout, ..timed });
+        for on_timeout in [OnTimeout::Cancel, OnTimeout::Postcopy, OnTimeout::Force] {
+            let is_forced = on_timeout == OnTimeout::Force;
+            assert_eq!(cuts(900 * MS, Mode::Precopy, on_timeout), !is_forced);
+            assert!(cuts(900 * MS, Mode::Hybrid, on_timeout));
+            assert!(!cuts(899 * MS, Mode::Hybrid, on_timeout));
+        }
+        assert!(!cuts_short(900 * MS, &policy()));
+    }
+
+    #[test]
     fn limits_and_the_operators_word() {
         let history = [pass(100_000, 1000, 90_000)];
         let at = |elapsed, p: &Policy| decide(&history, elapsed, 5 * MS, p);
@@ -290,6 +312,10 @@ mod tests {
         assert_eq!(at(1000 * MS, &Policy { switch_now: true, ..policy() }), Decision::SwitchOver);
         let timed = Policy { timeout: Some(900 * MS), ..policy() };
         assert!(matches!(at(1000 * MS, &timed), Decision::GiveUp(why) if why.contains("--timeout 900ms")));
+        // Time is up: nothing is waited for any more, though one more pass would pay off.
+        let within = [pass(100_000, 1000, 20_000)];
+        let decision = |p: &Policy| decide(&within, 1000 * MS, 5 * MS, p);
+        assert_eq!((decision(&policy()), decision(&timed)), (Decision::Continue, Decision::SwitchOver));
         let counted = Policy { max_passes: Some(1), ..policy() };
         assert!(matches!(at(1000 * MS, &counted), Decision::GiveUp(why) if why.contains("1 passes")));
     }

@@ -29,6 +29,8 @@ pub trait Conductor {
     /// Called every few milliseconds: shows progress, and ends the pass when the operator, the link
     /// or the guest says so. `left_pages` have not been handed out yet.
     fn tick(&mut self, pass: u32, left_pages: u64) -> Result<(), MigrateError>;
+    /// Whether a pass under way is to end before all of it is sent.
+    fn is_cut_short(&self) -> bool;
     /// Waits for the receiver's word that it has placed all pages of `pass`.
     fn await_pass(&mut self, pass: u32) -> Result<(), MigrateError>;
     /// Why the channels stopped taking work.
@@ -69,14 +71,18 @@ impl Bulk {
         }
     }
 
-    /// Sends one pass and waits until the receiver has placed it. `dirty_after_pages` of the report
-    /// is for the caller to fill in.
-    pub fn run_pass(&self, pass: &Pass, conductor: &mut impl Conductor) -> Result<PassReport, MigrateError> {
+    /// Sends one pass and waits until the receiver has placed it. Gives what it has shown, `dirty_after_pages` of which
+    /// is for the caller to fill in, and the pages that were not sent: where the guest runs, a pass may be cut short.
+    /// Even then the log is re-armed for all of it, and all holes are told.
+    pub fn run_pass(
+        &self,
+        pass: &Pass,
+        conductor: &mut impl Conductor,
+    ) -> Result<(PassReport, PageSet), MigrateError> {
         let start = Instant::now();
         let (data_before, _) = self.counters.get();
         let total = pass.set.capacity();
-        let pages = pass.set.count();
-        let mut left = pages;
+        let mut left = Left { pages: pass.set.count(), read: 0, unsent: PageSet::new(total) };
         let mut cursor = pass.first.then(DataCursor::default);
         let mut end = 0;
         // Windows in which nothing is to be sent are passed over, however much RAM they are.
@@ -88,29 +94,29 @@ impl Bulk {
                 conductor.clear_dirty(PageRun { first: PageIndex(window), pages: end - window })?;
             }
             self.hand_out(pass, &runs, cursor.as_mut(), window..end, &mut left, conductor)?;
-            conductor.tick(pass.number, left)?;
+            conductor.tick(pass.number, left.pages)?;
         }
         self.queue.seal(pass.number);
         conductor.await_pass(pass.number)?;
         let (data_after, _) = self.counters.get();
-        Ok(PassReport {
-            pages,
+        let report = PassReport {
+            pages: left.read,
             wire_bytes: (data_after - data_before) * PAGE_BYTES,
             elapsed: start.elapsed().max(Duration::from_micros(1)),
             dirty_after_pages: 0,
-        })
+        };
+        Ok((report, left.unsent))
     }
 
     /// Puts the runs of one window into the queue. The holes of the first pass are looked up only
-    /// now, after the window's log was re-armed: a page that gets memory later is in the log. `left`
-    /// goes down by what is handed out.
+    /// now, after the window's log was re-armed: a page that gets memory later is in the log.
     fn hand_out(
         &self,
         pass: &Pass,
         runs: &[PageRun],
         first_pass: Option<&mut DataCursor>,
         window: Range<u64>,
-        left: &mut u64,
+        left: &mut Left,
         conductor: &mut impl Conductor,
     ) -> Result<(), MigrateError> {
         let ram = self.views.ram();
@@ -118,33 +124,14 @@ impl Bulk {
             .map(|cursor| ram.resident(PageIndex(window.start), window.end - window.start, cursor))
             .transpose()
             .map_err(super::outcome::here)?;
-        let mut chunk = Chunk::default();
-        let mut chunk_pages = 0;
-        for run in runs {
-            for (part, is_hole) in split_by(*run, resident.as_deref()) {
-                if is_hole {
-                    chunk.zero.push(part);
-                } else {
-                    let mut rest = part;
-                    while rest.pages > 0 {
-                        let now = rest.pages.min(CHUNK_PAGES - chunk_pages);
-                        chunk.pages.push(PageRun { first: rest.first, pages: now });
-                        chunk_pages += now;
-                        rest = PageRun { first: PageIndex(rest.first.0 + now), pages: rest.pages - now };
-                        if chunk_pages == CHUNK_PAGES {
-                            self.push(std::mem::take(&mut chunk), pass.number, left, conductor)?;
-                            chunk_pages = 0;
-                        }
-                    }
-                }
-                if chunk.zero.len() >= CHUNK_RUNS {
-                    self.push(std::mem::take(&mut chunk), pass.number, left, conductor)?;
-                    chunk_pages = 0;
-                }
+        for mut chunk in chunks(runs, resident.as_deref()) {
+            if pass.guest_runs && conductor.is_cut_short() {
+                chunk.pages.drain(..).for_each(|run| left.unsent.insert_run(run));
             }
-        }
-        if chunk != Chunk::default() {
-            self.push(chunk, pass.number, left, conductor)?;
+            left.read += chunk.pages.iter().map(|run| run.pages).sum::<u64>();
+            if chunk != Chunk::default() {
+                self.push(chunk, pass.number, &mut left.pages, conductor)?;
+            }
         }
         Ok(())
     }
@@ -170,6 +157,45 @@ impl Bulk {
         *left -= pages;
         Ok(())
     }
+}
+
+/// What of a pass has not been handed out, and what has.
+struct Left {
+    /// How many pages, those that will not be among them.
+    pages: u64,
+    /// How many were, holes excepted.
+    read: u64,
+    /// The pages that will not be: the pass was cut short.
+    unsent: PageSet,
+}
+
+/// The runs of one window in pieces of work, by what has memory (`resident`; all of it without that list) and what not.
+fn chunks(runs: &[PageRun], resident: Option<&[PageRun]>) -> Vec<Chunk> {
+    let (mut all, mut chunk, mut chunk_pages) = (Vec::new(), Chunk::default(), 0);
+    for (part, is_hole) in runs.iter().flat_map(|run| split_by(*run, resident)) {
+        let mut rest = part;
+        while !is_hole && rest.pages > 0 {
+            let now = rest.pages.min(CHUNK_PAGES - chunk_pages);
+            chunk.pages.push(PageRun { first: rest.first, pages: now });
+            chunk_pages += now;
+            rest = PageRun { first: PageIndex(rest.first.0 + now), pages: rest.pages - now };
+            if chunk_pages == CHUNK_PAGES {
+                all.push(std::mem::take(&mut chunk));
+                chunk_pages = 0;
+            }
+        }
+        if is_hole {
+            chunk.zero.push(part);
+        }
+        if chunk.zero.len() >= CHUNK_RUNS {
+            all.push(std::mem::take(&mut chunk));
+            chunk_pages = 0;
+        }
+    }
+    if chunk != Chunk::default() {
+        all.push(chunk);
+    }
+    all
 }
 
 /// The runs of `set` within `from..to`.
@@ -221,6 +247,21 @@ mod tests {
         );
         assert_eq!(split_by(run(60, 5), Some(&resident)), vec![(run(60, 5), true)]);
         assert_eq!(split_by(run(60, 5), None), vec![(run(60, 5), false)]);
+    }
+
+    #[test]
+    fn a_window_is_cut_into_pieces_that_fit_a_frame() {
+        let resident = [run(10, 70), run(100, 100)];
+        let pieces = chunks(&[run(0, 90), run(95, 205)], Some(&resident));
+        let pages: Vec<u64> = pieces.iter().map(|c| c.pages.iter().map(|r| r.pages).sum()).collect();
+        assert_eq!(pages, [CHUNK_PAGES, CHUNK_PAGES, 170 - 2 * CHUNK_PAGES]);
+        let zero: Vec<PageRun> = pieces.iter().flat_map(|c| c.zero.clone()).collect();
+        assert_eq!(zero, [run(0, 10), run(80, 10), run(95, 5), run(200, 100)]);
+        // Many holes fill a frame as well.
+        let holes: Vec<PageRun> = (0..CHUNK_RUNS as u64 + 1).map(|n| run(2 * n, 1)).collect();
+        let lengths: Vec<usize> = chunks(&holes, Some(&[])).iter().map(|c| c.zero.len()).collect();
+        assert_eq!(lengths, [CHUNK_RUNS, 1]);
+        assert_eq!(chunks(&[], None), []);
     }
 
     #[test]

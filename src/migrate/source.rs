@@ -15,7 +15,7 @@ use crate::switchover::Attempt;
 use crate::wire::{self, Message};
 
 use super::bulk::Views;
-use super::convergence::{Decision, Mode, PassReport, decide};
+use super::convergence::{Decision, Mode, PassReport, cuts_short, decide};
 use super::link::{Event, Link};
 use super::options::SendOptions;
 use super::outcome::{Downtime, Ending, MigrateError, Side, Summary, here, ms};
@@ -81,7 +81,8 @@ pub struct Migration<'a> {
     pub(super) unsent: Option<PageSet>,
     /// Postcopy: the pages that the destination has been told to be missing.
     pub(super) named: Option<PageSet>,
-    /// The pages that the last pass had to send: what was dirtied during the one before it.
+    /// The pages that the last pass had to send: what was dirtied during the one before it; where that was cut short,
+    /// what was dirtied during it.
     pub(super) last_set: Option<PageSet>,
     pub(super) hashing: Option<JoinHandle<std::io::Result<String>>>,
     pub(super) last_progress: Instant,
@@ -209,9 +210,10 @@ impl<'a> Migration<'a> {
             number += 1;
             self.pass_started = (Instant::now(), bulk.counters.get().0);
             let pass = Pass { number, set: &set, guest_runs: true, first: number == 1 };
-            let mut report = bulk.run_pass(&pass, self)?;
+            let (mut report, unsent) = bulk.run_pass(&pass, self)?;
             let sent = std::mem::replace(&mut set, self.vm.dirty_take(total).map_err(here)?);
-            self.last_set = (number > 1).then_some(sent);
+            self.last_set = if unsent.is_empty() { (number > 1).then_some(sent) } else { Some(set.clone()) };
+            set.union(&unsent);
             report.dirty_after_pages = set.count();
             self.history.push(report);
             self.tick_now(number, set.count());
@@ -367,6 +369,10 @@ impl Conductor for Migration<'_> {
             }
         }
         Ok(())
+    }
+
+    fn is_cut_short(&self) -> bool {
+        cuts_short(self.started.elapsed(), &self.settings.policy())
     }
 
     fn await_pass(&mut self, pass: u32) -> Result<(), MigrateError> {

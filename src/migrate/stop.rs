@@ -102,7 +102,7 @@ impl Migration<'_> {
         let hot = match (finish, self.last_set.take()) {
             // Postcopy at once: what was written to since the look.
             (Finish::Postcopy { after_pass: 0 }, _) => dirty,
-            // What was written to in two passes in a row.
+            // What was written to in two passes in a row, or in the one that was cut short.
             (_, Some(hot)) => hot,
             (_, None) => PageSet::new(total),
         };

@@ -112,7 +112,7 @@ pub fn check_result(end: &End) {
 /// Moves a guest to a new receiver by postcopy and checks all of it. `args` limit the bandwidth:
 /// without that, all of so small a guest may be there before its first fault is read, and then nobody
 /// has waited.
-fn moves(cpus: u32, cmdline: &str, args: &[&str]) {
+fn moves(cpus: u32, cmdline: &str, args: &[&str]) -> serde_json::Value {
     let scene = Scene::new();
     let mut a = scene.guest("a", "64M", cpus, cmdline);
     let mut b = scene.receiver("b", &[]);
@@ -128,6 +128,7 @@ fn moves(cpus: u32, cmdline: &str, args: &[&str]) {
     a.program.end().expect(0, &["migrated to"]);
     check_whole(&[&a, &b]);
     assert_eq!(b.status().vcpus, cpus);
+    end.result().clone()
 }
 
 #[test]
@@ -215,6 +216,21 @@ fn precopy_that_times_out_goes_on_as_postcopy() {
     if kvm() {
         let args = ["--mode", "precopy", "--bwlimit", "10M", "--downtime", "20ms", "--max-passes", "4"];
         moves(1, "fill=16M ws=8M rate=20", &[&args[..], &["--on-timeout", "postcopy"]].concat());
+    }
+}
+
+// Row 23, by time: the first pass would take three seconds.
+#[test]
+fn a_pass_that_takes_too_long_is_cut_short() {
+    if !kvm() {
+        return;
+    }
+    for args in [["--mode", "hybrid"], ["--on-timeout", "postcopy"]] {
+        let limits = ["--bwlimit", "8M", "--timeout", "300ms", "--downtime", "10ms"];
+        let result = moves(1, "fill=24M ws=4M rate=20", &[&args[..], &limits].concat());
+        assert_eq!(result["passes"], 1, "{result}");
+        let later = result["postcopy_pages"].as_u64().expect("pages that came after the guest");
+        assert!((2000..6144).contains(&later), "{result}");
     }
 }
 
