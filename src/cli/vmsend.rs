@@ -74,8 +74,8 @@ pub struct Args {
 
     /// After this time, do what --on-timeout says; no limit by default
     ///
-    /// In hybrid mode the guest then goes over, and the rest follows. A pass under way is cut short, but for --on-timeout
-    /// force: what it still sends makes that downtime shorter.
+    /// In hybrid mode the guest then goes over, and the rest follows. A pass under way is cut short, but in precopy with
+    /// --on-timeout force: what it still sends makes that downtime shorter.
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = SWITCHOVER)]
     pub timeout: Option<Duration>,
 

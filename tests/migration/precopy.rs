@@ -329,22 +329,6 @@ fn it_gives_up_when_it_cannot_converge() {
     check_next_try_forced(&scene, &a, &mut b);
 }
 
-// Row 23: of 256 MiB the guest has used 16.
-#[test]
-fn memory_that_was_never_used_makes_no_pass_look_fast() {
-    if !kvm() {
-        return;
-    }
-    let scene = Scene::new();
-    let a = scene.guest("a", "256M", 1, "fill=8M ws=8M rate=0");
-    let b = scene.receiver("b", &[]);
-    let limits = ["--bwlimit", "8M", "--downtime", "100ms", "--max-passes", "1"];
-    never_paused(&a, || {
-        scene.send(&a, &b.address, &limits).end().expect(4, &["the source has the guest"]);
-    });
-    check_untouched(&a);
-}
-
 fn check_next_try_forced(scene: &Scene, from: &Host, to: &mut Receiver) {
     scene.send(from, &to.address, &["--verify", "--on-timeout", "force"]).end().expect(0, &[]);
     assert_eq!(to.program.end().code, 0);
