@@ -46,11 +46,6 @@ impl Placer {
         let _ = self.pager.set(pager);
     }
 
-    /// Whether the guest can see its RAM, and pages appear whole.
-    pub fn is_paging(&self) -> bool {
-        self.pager.get().is_some()
-    }
-
     /// Throws away what was placed of `pages`: they come again. Huge pages of the pool stay: `vmrun` does not see
     /// one before all that is missing of it has been written over.
     pub fn discard(&self, pages: &PageSet) -> io::Result<()> {

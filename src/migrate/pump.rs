@@ -34,7 +34,8 @@ pub enum Brought {
 pub enum Haste {
     /// Somebody may.
     Urgent,
-    /// Nobody does, once the guest runs here: whoever waits has asked on another channel.
+    /// Nobody does, once the guest runs here: whoever waits has asked on another channel. These are taken in turn
+    /// with the guest all the same: the sooner all are here, the less it has to wait for.
     Bulk,
 }
 
@@ -56,7 +57,6 @@ pub fn run<E>(
     wrap: impl Fn(Brought) -> E,
 ) {
     let (mut buffer, mut backlog) = (Vec::new(), Backlog::new());
-    let mut yields = false;
     if haste == Haste::Urgent {
         schedule::log_unchanged("who takes urgent pages", schedule::be_prompt());
     }
@@ -65,10 +65,6 @@ pub fn run<E>(
         receiver.accept_pages(placer.ram().map().total_pages());
     }
     loop {
-        if !yields && haste == Haste::Bulk && placer.is_some_and(Placer::is_paging) {
-            yields = true;
-            schedule::log_unchanged("who takes background pages", schedule::yield_to_others());
-        }
         let brought = match step(&mut receiver, placer, &mut buffer) {
             Ok(None) => continue,
             Ok(Some(message)) => Brought::Message(message, backlog.place()),
