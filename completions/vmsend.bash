@@ -23,7 +23,7 @@ _vmsend() {
 
     case "${cmd}" in
         vmsend)
-            opts="-q -h -V --vm --control --mode --downtime --timeout --max-passes --on-timeout --verify --keep-source --bwlimit --channels --insecure --peer-timeout --connect-timeout --resume --status --revoke --recover-timeout --no-sandbox --json --quiet --log --help --version"
+            opts="-q -h -V --vm --control --mode --downtime --timeout --max-passes --warm-up --on-timeout --verify --keep-source --bwlimit --channels --insecure --peer-timeout --connect-timeout --resume --status --revoke --recover-timeout --no-sandbox --json --quiet --log --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -72,6 +72,10 @@ _vmsend() {
                     return 0
                     ;;
                 --max-passes)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --warm-up)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -6,6 +6,7 @@ postcopy\t'All after it: the guest moves at once and fetches its pages as it nee
 complete -c vmsend -l downtime -d 'Let the guest stand still for no longer than this' -r
 complete -c vmsend -l timeout -d 'After this time, do what --on-timeout says; no limit by default' -r
 complete -c vmsend -l max-passes -d 'After this many passes, do what --on-timeout says; no limit by default' -r
+complete -c vmsend -l warm-up -d 'Postcopy: send the guest\'s kernel ahead for this long at most; 0s: not at all' -r
 complete -c vmsend -l on-timeout -d 'What to do when the downtime is not reached' -r -f -a "cancel\t'Give up; the guest goes on at the source (exit code 4)'
 force\t'Switch over all the same, whatever the downtime'
 postcopy\t'Switch over at once, and send the rest after the guest'"

@@ -2,6 +2,7 @@
 //! There are only as many as it takes; nothing else calls them. In the library's own tests they
 //! serve to try every input that was kept once more.
 
+use std::ops::{ControlFlow, Range};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -17,6 +18,7 @@ use crate::migrate::report::Silent;
 use crate::state::{MachineDescription, Problem, VcpuState};
 use crate::vmm::pool::HugePool;
 use crate::vmm::virtio::Kind;
+use crate::vmm::x86::paging::{self, Sregs};
 use crate::vmm::x86::save::VcpuLayout;
 use crate::vmm::x86::touched::Roots;
 use crate::vmm::{HostAbilities, VmmError, preflight, saved};
@@ -74,6 +76,17 @@ pub fn problems(machine: &MachineDescription) -> Vec<Problem> {
 pub fn touched(vcpu: &VcpuState, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
     let roots = Roots::of(vcpu);
     [roots.shared(), &roots.first(read)].concat()
+}
+
+/// The stretches of guest-physical addresses that are a vCPU's kernel, by a memory that gives 8 bytes.
+pub fn kernel_image(vcpu: &VcpuState, read: impl Fn(u64) -> Option<u64>) -> Vec<Range<u64>> {
+    let translation = Sregs::of(&vcpu.sregs).paging();
+    let mut all = Vec::new();
+    paging::kernel_image(translation.as_slice(), read, |stretch| {
+        all.push(stretch);
+        ControlFlow::Continue(())
+    });
+    all
 }
 
 /// Serves a client that has said all that it says and has hung up; `listen` is called for it to take

@@ -12,6 +12,8 @@ mod guest;
 mod host;
 #[path = "control/incoming.rs"]
 mod incoming;
+#[path = "control/kernel_image.rs"]
+mod kernel_image;
 #[path = "control/leases.rs"]
 mod leases;
 #[path = "control/postcopy.rs"]

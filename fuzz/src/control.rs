@@ -92,7 +92,7 @@ fn asked(input: &mut Reader<'_>) {
 }
 
 fn ask(client: &mut Client, request: u8) -> Result<(), ClientError> {
-    match request % 20 {
+    match request % 21 {
         0 => client.status().map(|status| drop(status.ownership.to_string())),
         1 => client.machine().map(drop),
         2 => client.ram().map(|(layout, fds)| use_ram(&layout, fds)),
@@ -125,6 +125,7 @@ fn ask(client: &mut Client, request: u8) -> Result<(), ClientError> {
         16 => client.revoke(ATTEMPT),
         17 => client.renew(ATTEMPT).map(drop),
         18 => client.next_event::<Event>(Some(Duration::ZERO)).map(drop),
+        20 => client.kernel_image().map(drop),
         _ => client.dirty_clear(PageRun { first: PageIndex(0), pages: 1 }),
     }
 }
@@ -200,6 +201,7 @@ fn requests() -> Vec<Request> {
         Request::Ram,
         Request::Attach { session: Some(SessionId([1; 16])), dest: "tcp:hostb:7070".into() },
         Request::DirtyStart,
+        Request::KernelImage,
         Request::DirtyTake,
         Request::DirtyClear { first: PageIndex(0), pages: 4096 },
         Request::DirtyPutBack,

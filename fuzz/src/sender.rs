@@ -20,7 +20,7 @@ use vmferry::wire::{self, FrameType, HEADER_BYTES, Header, Message, PageBitmap};
 
 use super::frames::{self, Sent};
 use super::input::{Reader, Writer};
-use super::vmrun::{Seen, Vmrun, socket_path};
+use super::vmrun::{IMAGE_FAILS, Seen, Vmrun, socket_path};
 use super::wire::crc32c;
 
 /// How long a destination waits for words that may not come.
@@ -71,6 +71,7 @@ fn play(data: &[u8], patience: Duration) -> (Seen, Option<Ending>) {
         peer_timeout: Duration::from_secs(5),
         connect_timeout: Duration::from_secs(5),
         recover_timeout: Some(Duration::ZERO),
+        warm_up: if flags & 8 == 0 { Duration::ZERO } else { Duration::from_secs(10) },
         policy,
         bandwidth_limit: 0,
     };
@@ -263,10 +264,11 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
             fetching,
         })
     };
-    let begin = |flags: u8| {
-        let input = say(Writer::default().u16(0).u8(flags), &ack(&[wire::POSTCOPY], None, false));
+    let begin_at = |faults: u16, flags: u8| {
+        let input = say(Writer::default().u16(faults).u8(flags), &ack(&[wire::POSTCOPY], None, false));
         say(wait(input, FrameType::Machine), &Message::Accepted)
     };
+    let begin = |flags| begin_at(0, flags);
     let pass = |input: Writer, pass| {
         let (pages_placed, bytes, elapsed_us) = (256, 4 * 4096, 100);
         say(
@@ -298,6 +300,8 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
     };
     let postcopy = runs(ready(begin(2)));
     let fetch = leave(all(asks(postcopy.clone())));
+    let warm = |faults| begin_at(faults, 8);
+    let goes_over = |input: Writer| leave(all(asks(runs(ready(input)))));
     let received = Message::Received(PageBitmap { first: 0, words: vec![!8, u64::MAX, u64::MAX, u64::MAX] });
     let again = say(back(lost(asks(postcopy.clone())), wire::ResumePhase::Running, true), &received);
     let refused = wire::Refused {
@@ -313,6 +317,9 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
         ("revoked".into(), revoked.0),
         ("in-doubt".into(), in_doubt.0),
         ("postcopy".into(), fetch.0),
+        ("warm-up".into(), goes_over(pass(warm(0), 1)).0),
+        ("warm-up-refused".into(), goes_over(warm(IMAGE_FAILS)).0),
+        ("warm-up-lost".into(), lost(wait(warm(0), FrameType::Barrier)).0),
         ("postcopy-again".into(), leave(all(again)).0),
         ("forgotten".into(), back(lost(precopy(0)), wire::ResumePhase::Unknown, false).0),
         ("refused".into(), refused.0),
@@ -336,9 +343,23 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_goes_over_behind_its_kernel_or_without() {
+        for (name, seed) in seeds() {
+            if matches!(&*name, "warm-up" | "warm-up-refused") {
+                let (seen, ending) = play(&seed, Duration::from_secs(20));
+                let is_over = !matches!(seen.ownership, Ownership::Sole { .. });
+                assert!(
+                    is_over && matches!(ending, None | Some(Ending::Resumable)),
+                    "{name}: {ending:?}, {seen:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_guest_that_nobody_takes_stays() {
         for (name, seed) in seeds() {
-            if !matches!(&*name, "refused" | "aborted" | "strange") {
+            if !matches!(&*name, "refused" | "aborted" | "strange" | "warm-up-lost") {
                 continue;
             }
             let (seen, ending) = play(&seed, Duration::from_secs(20));

@@ -1,5 +1,8 @@
 //! Saved state and machine descriptions, without KVM: a state that is right, changed by the input.
 
+use std::cell::Cell;
+use std::ops::Range;
+
 use vmferry::fuzzing::{self, Layout};
 use vmferry::memory::{PAGE_BYTES, PageIndex};
 use vmferry::state::{
@@ -81,6 +84,15 @@ fn vcpu(input: &mut Reader<'_>) {
     };
     // Eight registers, and for each of them no more than the levels of its page table and its page.
     assert!(fuzzing::touched(&state, read).len() <= 14 + 8 * 6);
+    // Tables without end are tested elsewhere; here they end, so that more is tried.
+    let reads = Cell::new(0);
+    let read = |at: u64| {
+        reads.set(reads.get() + 1);
+        (reads.get() < 1 << 14).then(|| read(at)).flatten()
+    };
+    let is_whole =
+        |stretch: &Range<u64>| [stretch.start, stretch.end].iter().all(|at| at.is_multiple_of(PAGE_BYTES));
+    assert!(fuzzing::kernel_image(&state, read).iter().all(is_whole));
 }
 
 /// Changes to sections: bodies are overwritten, cut and lengthened, headers changed, sections doubled

@@ -1,7 +1,9 @@
 //! A stand-in for `vmrun`: no machine, but RAM, a userfaultfd, and the real rules of ownership.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,8 +27,12 @@ use super::messages::machine;
 const MOST_RAM: u64 = 4 << 20;
 /// The RAM of its guest, when it has one from the start.
 pub const RAM_BYTES: u64 = 1 << 20;
+/// The pages of its kernel, one bit each.
+const KERNEL_IMAGE: u64 = 0xff01;
 /// Of the requests that are told to fail, the one by which a guest is given up.
 pub const REVOKE_FAILS: u16 = 1 << 7;
+/// The one by which a source finds the guest's kernel.
+pub const IMAGE_FAILS: u16 = 1 << 8;
 
 /// A path for a socket of this process, which nobody else has.
 pub fn socket_path() -> PathBuf {
@@ -62,6 +68,8 @@ struct Vm {
     uffd: Option<FaultFd>,
     /// What was dirtied was taken after the guest was saved, which may itself dirty pages (D1).
     is_last_set_taken: bool,
+    /// The bitmap that a mover shares, while the dirty log is on.
+    bitmap: Option<File>,
 }
 
 impl Vmrun {
@@ -73,6 +81,7 @@ impl Vmrun {
             ram: None,
             uffd: None,
             is_last_set_taken: false,
+            bitmap: None,
         })
     }
 
@@ -83,7 +92,7 @@ impl Vmrun {
             ram.write(GuestPhysAddr(page << 12), &[page as u8 + 1; 4096]).expect("it is RAM");
         }
         let seen = Seen { ownership: Ownership::booted(), has_run: true, paused: false };
-        Self::start(Vm { seen, faults, ram: Some(ram), uffd: None, is_last_set_taken: false })
+        Self::start(Vm { seen, faults, ram: Some(ram), uffd: None, is_last_set_taken: false, bitmap: None })
     }
 
     fn start(vm: Vm) -> Self {
@@ -142,6 +151,7 @@ impl Vm {
             Request::PostcopyArm { .. } | Request::Fence { .. } => 5,
             Request::PostcopyDone { .. } | Request::Attach { session: None, .. } => 6,
             Request::Revoke { .. } => 7,
+            Request::KernelImage => 8,
             _ => 15,
         };
         if number != 15 && self.faults & 1 << number != 0 {
@@ -152,6 +162,7 @@ impl Vm {
             | Request::Ram
             | Request::Attach { .. }
             | Request::DirtyStart
+            | Request::KernelImage
             | Request::DirtyTake
             | Request::Pause { .. }
             | Request::Resume { .. }
@@ -184,12 +195,19 @@ impl Vm {
             }
             Request::DirtyStart => {
                 let pages = self.ram()?.map().total_pages();
-                let bitmap = memfd::create_sealed(c"dirty", pages.div_ceil(64) * 8);
-                said(&DirtyPages { pages }, vec![bitmap.expect("a memfd can be made").into()])
+                let bitmap =
+                    memfd::create_sealed(c"dirty", pages.div_ceil(64) * 8).expect("a memfd can be made");
+                self.bitmap = Some(bitmap.try_clone().expect("a memfd can be shared"));
+                said(&DirtyPages { pages }, vec![bitmap.into()])
+            }
+            Request::KernelImage => {
+                self.share(KERNEL_IMAGE)?;
+                said(&DirtyPages { pages: KERNEL_IMAGE.count_ones().into() }, Vec::new())
             }
             // Nothing is ever dirtied.
             Request::DirtyTake => {
                 self.is_last_set_taken = true;
+                self.share(0)?;
                 said(&DirtyPages { pages: 0 }, Vec::new())
             }
             Request::Pause { .. } => {
@@ -222,6 +240,13 @@ impl Vm {
             }
             _ => said(&self.status(), Vec::new()),
         }
+    }
+
+    /// Writes the first word of the bitmap that is shared with the mover.
+    fn share(&self, word: u64) -> Result<(), Failure> {
+        let bitmap = self.bitmap.as_ref().ok_or_else(|| Failure::refused("the dirty log is off"))?;
+        bitmap.write_all_at(&word.to_le_bytes(), 0).expect("it has room");
+        Ok(())
     }
 
     fn as_destination(&mut self, request: &Request) -> Answered {

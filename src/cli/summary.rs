@@ -7,6 +7,9 @@ use super::progress::size;
 /// The closing summary for people.
 pub fn text(s: &Summary) -> String {
     let d = &s.downtime;
+    let ahead = s.warm_up_pages.filter(|pages| *pages > 0).map_or_else(String::new, |pages| {
+        format!("\n{pages} pages went ahead of the guest, while it ran at the source")
+    });
     let waits = s.latency.as_ref().map_or_else(String::new, |latency| {
         let us = |name: &str| latency.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
         format!(
@@ -23,7 +26,7 @@ pub fn text(s: &Summary) -> String {
     format!(
         "moved in {:.2} s: {} passes, {} on the wire over {} channel{}, {} data pages, {} zero pages of {} RAM\n\
          downtime {:.1} ms: pause {:.1}, export {:.1}, last pass {:.1}, verify {:.1}, import {:.1}, synchronise {:.1}, \
-         ready {:.1}, fence {:.1}, run {:.1}{waits}",
+         ready {:.1}, fence {:.1}, run {:.1}{ahead}{waits}",
         s.total_ms / 1e3,
         s.passes,
         size(s.wire_bytes),

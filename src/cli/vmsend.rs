@@ -88,6 +88,20 @@ pub struct Args {
     )]
     pub max_passes: Option<u32>,
 
+    /// Postcopy: send the guest's kernel ahead for this long at most; 0s: not at all
+    ///
+    /// The code and the data of the guest's kernel, and then once what the guest has written to meanwhile, go while it
+    /// still runs at the source: for these it would wait most, and most of them are never sent again. `switch-now` and
+    /// --timeout end it as well. Without it (0s) the guest leaves at once.
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "5s",
+        value_parser = duration,
+        help_heading = SWITCHOVER
+    )]
+    pub warm_up: Duration,
+
     /// What to do when the downtime is not reached
     ///
     /// This also decides when 8 passes or more in a row, of at least 5 seconds in all, bring no
@@ -269,6 +283,7 @@ impl Args {
             peer_timeout: self.peer.peer_timeout,
             connect_timeout: self.connect_timeout,
             recover_timeout: self.recover_timeout,
+            warm_up: self.warm_up,
             policy: Policy {
                 downtime: self.downtime,
                 timeout: self.timeout,

@@ -65,6 +65,9 @@ pub enum Request {
     /// Starts dirty logging. Answer: [`DirtyPages`] with a memfd that holds the bitmap
     /// (one bit a page in [`PageIndex`] order), written by `dirty-take` and read by `dirty-put-back`.
     DirtyStart,
+    /// Writes the pages of the guest's kernel, its code and its data with a name, into the shared bitmap: `dirty-start`
+    /// comes first. There may be none. Answer: [`DirtyPages`].
+    KernelImage,
     /// Writes the pages dirtied since the last take into the shared bitmap. Answer: [`DirtyPages`].
     /// Pages that are not cleared by `dirty-clear` come with the next take as well.
     DirtyTake,

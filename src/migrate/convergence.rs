@@ -139,11 +139,14 @@ pub fn decide(history: &[PassReport], elapsed: Duration, fixed: Duration, policy
     }
 }
 
-/// Whether a pass under way is to end before all of it is sent, `elapsed` after the start: time is up, and what is left
-/// goes after the guest, or the guest stays. Where it has to move whatever the downtime, the pass makes that shorter.
+/// Whether a pass under way is to end before all of it is sent, `elapsed` after the start: time is up, or the operator
+/// wants it now, and what is left goes after the guest, or the guest stays. Where it has to move whatever the downtime,
+/// the pass makes that shorter.
 pub fn cuts_short(elapsed: Duration, policy: &Policy) -> bool {
+    let rest_may_follow = policy.mode != Mode::Precopy;
     let is_late = policy.timeout.is_some_and(|t| elapsed >= t);
-    is_late && (policy.mode == Mode::Hybrid || policy.on_timeout != OnTimeout::Force)
+    is_late && (rest_may_follow || policy.on_timeout != OnTimeout::Force)
+        || policy.switch_now && rest_may_follow
 }
 
 /// Within the downtime already: whether one more pass is likely to make it clearly shorter.
@@ -302,6 +305,12 @@ mod tests {
             assert!(!cuts(899 * MS, Mode::Hybrid, on_timeout));
         }
         assert!(!cuts_short(900 * MS, &policy()));
+    }
+
+    #[test]
+    fn the_operators_word_ends_a_pass_where_the_rest_may_follow() {
+        let now = |mode| cuts_short(Duration::ZERO, &Policy { mode, switch_now: true, ..policy() });
+        assert_eq!([Mode::Precopy, Mode::Hybrid, Mode::Postcopy].map(now), [false, true, true]);
     }
 
     #[test]

@@ -31,4 +31,5 @@ pub mod source;
 pub mod source_vm;
 mod stop;
 mod told;
+mod warm_up;
 pub mod wires;

@@ -33,6 +33,8 @@ pub struct SendOptions {
     /// How long to try to reach a destination that may or may not have taken the guest over; `None`:
     /// for ever once it is known to run there and pages are owed, a minute before that.
     pub recover_timeout: Option<Duration>,
+    /// How long pages may go ahead of a guest that goes over in postcopy at once; zero: none do.
+    pub warm_up: Duration,
     /// When to switch over.
     pub policy: Policy,
     /// Bytes per second over all channels, 0 for no limit.

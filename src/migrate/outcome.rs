@@ -140,6 +140,8 @@ pub struct Summary {
     pub data_pages: u64,
     /// Pages told to be zero, holes included.
     pub zero_pages: u64,
+    /// With postcopy: pages that went ahead of the guest while it ran at the source, in no pass over RAM.
+    pub warm_up_pages: Option<u64>,
     /// With postcopy: pages that came after the guest.
     pub postcopy_pages: Option<u64>,
     /// With postcopy: how long the guest waited for pages, as the destination has measured it.

@@ -43,8 +43,8 @@ pub enum Finish {
     },
     /// What is left goes after the guest.
     Postcopy {
-        /// Passes that were made before; 0: nothing was sent.
-        after_pass: u32,
+        /// No pass over all of RAM was made before.
+        at_once: bool,
     },
 }
 
@@ -72,6 +72,10 @@ pub struct Migration<'a> {
     pub(super) digest: Option<String>,
     /// Postcopy: what is owed to the guest that runs at the destination.
     pub(super) server: Option<Arc<PageServer>>,
+    /// Postcopy: how many pages went ahead of the guest while it ran here.
+    pub(super) warm_up_pages: u64,
+    /// When a pass under way is to end, whatever the policy.
+    pub(super) cut_at: Option<Instant>,
     /// Postcopy: how many pages were owed at first.
     pub(super) postcopy_pages: Option<u64>,
     pub(super) latency: Option<serde_json::Value>,
@@ -156,6 +160,8 @@ impl<'a> Migration<'a> {
             downtime: Downtime::default(),
             digest: None,
             server: None,
+            warm_up_pages: 0,
+            cut_at: None,
             postcopy_pages: None,
             latency: None,
             may_postcopy: false,
@@ -172,7 +178,7 @@ impl<'a> Migration<'a> {
         self.connect(machine)?;
         self.phase = "precopy";
         let finish = match self.settings.policy().mode {
-            Mode::Postcopy => self.look_before_postcopy()?,
+            Mode::Postcopy => self.warm_up()?,
             Mode::Precopy | Mode::Hybrid => self.precopy()?,
         };
         self.hand_over(finish)
@@ -226,7 +232,7 @@ impl<'a> Migration<'a> {
                 Decision::PostcopyNow if self.may_postcopy => {
                     self.name_missing(&set);
                     self.unsent = Some(set);
-                    return Ok(Finish::Postcopy { after_pass: number });
+                    return Ok(Finish::Postcopy { at_once: false });
                 }
                 Decision::PostcopyNow => return Err(here("the destination cannot do postcopy")),
                 Decision::GiveUp(why) => {
@@ -337,6 +343,7 @@ impl<'a> Migration<'a> {
             session: self.attempt.session.to_string(),
             total_ms: ms(self.started.elapsed()),
             passes: self.history.len() as u32 + u32::from(self.server.is_none()),
+            warm_up_pages: self.postcopy_pages.map(|_| self.warm_up_pages),
             postcopy_pages: self.postcopy_pages,
             latency: self.latency.clone(),
             memory_bytes: self.bulk.as_ref().map_or(0, |b| b.views.ram().map().total_bytes()),
@@ -372,7 +379,8 @@ impl Conductor for Migration<'_> {
     }
 
     fn is_cut_short(&self) -> bool {
-        cuts_short(self.started.elapsed(), &self.settings.policy())
+        let is_over = self.cut_at.is_some_and(|at| Instant::now() >= at);
+        is_over || cuts_short(self.started.elapsed(), &self.settings.policy())
     }
 
     fn await_pass(&mut self, pass: u32) -> Result<(), MigrateError> {

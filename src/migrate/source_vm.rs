@@ -55,6 +55,17 @@ impl SourceVm {
     /// The pages dirtied since the last take, of `total_pages`.
     pub fn dirty_take(&mut self, total_pages: u64) -> Result<PageSet, ClientError> {
         self.client.dirty_take()?;
+        self.shared(total_pages)
+    }
+
+    /// The pages of the guest's kernel, of `total_pages`. Logging is on.
+    pub fn kernel_image(&mut self, total_pages: u64) -> Result<PageSet, ClientError> {
+        self.client.kernel_image()?;
+        self.shared(total_pages)
+    }
+
+    /// What `vmrun` has written into the shared bitmap.
+    fn shared(&self, total_pages: u64) -> Result<PageSet, ClientError> {
         let mut bytes = vec![0; total_pages.div_ceil(64) as usize * 8];
         let read = match &self.bitmap {
             Some(bitmap) => bitmap.read_exact_at(&mut bytes, 0),

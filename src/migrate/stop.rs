@@ -11,9 +11,8 @@ use crate::wire::{self, Message};
 use super::outcome::{MigrateError, here, ms};
 use super::postcopy::owed::{Owed, take_ahead};
 use super::postcopy::server::PageServer;
-use super::precopy::{Bulk, Conductor, Pass};
+use super::precopy::{Bulk, Pass};
 use super::queue::Chunk;
-use super::ram::DataCursor;
 use super::source::{Finish, Migration};
 use super::source_vm::Export;
 
@@ -77,22 +76,6 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// Postcopy at once: which pages have memory is looked up while the guest still runs. What gets
-    /// some after that is in the dirty log, which is re-armed first.
-    pub(super) fn look_before_postcopy(&mut self) -> Result<Finish, MigrateError> {
-        let Some(bulk) = self.bulk.clone() else { return Err(here("no channels")) };
-        let total = bulk.views.ram().map().total_pages();
-        self.vm.dirty_start().map_err(here)?;
-        self.clear_dirty(PageRun { first: PageIndex(0), pages: total })?;
-        let mut set = PageSet::new(total);
-        for run in bulk.views.ram().resident(PageIndex(0), total, &mut DataCursor::default()).map_err(here)? {
-            set.insert_run(run);
-        }
-        self.name_missing(&set);
-        self.unsent = Some(set);
-        Ok(Finish::Postcopy { after_pass: 0 })
-    }
-
     /// What the destination has not, or has stale.
     fn left(&mut self, bulk: &Bulk, finish: &Finish) -> Result<Left, MigrateError> {
         let total = bulk.views.ram().map().total_pages();
@@ -100,8 +83,8 @@ impl Migration<'_> {
         let mut pages = self.unsent.take().unwrap_or_else(|| PageSet::new(total));
         pages.union(&dirty);
         let hot = match (finish, self.last_set.take()) {
-            // Postcopy at once: what was written to since the look.
-            (Finish::Postcopy { after_pass: 0 }, _) => dirty,
+            // Postcopy at once: what was written to since the look, or since it was sent ahead.
+            (Finish::Postcopy { at_once: true }, _) => dirty,
             // What was written to in two passes in a row, or in the one that was cut short.
             (_, Some(hot)) => hot,
             (_, None) => PageSet::new(total),

@@ -56,6 +56,8 @@ pub enum VmmError {
     Content { section: String, reason: String },
     #[error("the machine is {0}: that cannot be done now")]
     WrongState(&'static str),
+    #[error("the vCPUs do not leave guest mode")]
+    VcpusBusy,
     #[error("the dirty log is {0}")]
     DirtyLog(&'static str),
     #[cfg(feature = "fault-points")]

@@ -3,9 +3,9 @@
 mod opening;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -21,18 +21,20 @@ use super::saved::{self, VmParts};
 use super::vcpu::{Job, Round, SavedVcpu, VcpuGroup};
 use super::virtio::{Kind, VirtioSlots};
 use super::x86::save::VcpuLayout;
-use super::x86::touched::Roots;
 use super::x86::{clock, cpuid, irqchip, registers};
-use super::{Exported, Notice, NoticeSender, PrepareError, SyncTimes, VmmError, preflight};
-use crate::memory::{GuestPhysAddr, PageIndex, PageRun, PageSet, RamPages};
+use super::{Exported, Notice, NoticeSender, PrepareError, SyncTimes, VmmError, first_pages, preflight};
+use crate::memory::{PageRun, PageSet, RamPages};
 use crate::state::{MachineDescription, Problem};
 use opening::{Opened, SERIAL_ID, arriving_devices, describe, open_devices};
 
 /// IA32_MTRR_DEF_TYPE: MTRRs on, memory is write-back. Firmware would set it; kernels look at it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
 
+/// How long vCPUs may take to leave guest mode for a moment. One that waits for a page of its host's may take longer.
+const IMAGE_WAIT: Duration = Duration::from_secs(1);
+
 /// A microVM on this host. Its vCPUs are threads of this process; no call waits for them, but for
-/// [`Machine::stop`].
+/// [`Machine::kernel_image`] and [`Machine::stop`].
 pub struct Machine {
     // Dropped in this order: the threads, then what they use.
     vcpus: VcpuGroup,
@@ -275,6 +277,20 @@ impl Machine {
         }
     }
 
+    /// The pages of the guest's kernel, as far as they are found: its code, and its data with a name. The vCPUs leave
+    /// guest mode for a moment, each by itself; this waits for them, and so is nothing for the thread that answers.
+    pub fn kernel_image(&self) -> Result<PageSet, VmmError> {
+        self.parts.want_guest()?;
+        let (bring, all) = mpsc::channel();
+        let round = Arc::new(Round::new(self.description.vcpus as usize, move |all| {
+            let _ = bring.send(all);
+        }));
+        self.vcpus.interrupt(|| Job::Translation(Arc::clone(&round)));
+        let translations = all.recv_timeout(IMAGE_WAIT).map_err(|_| VmmError::VcpusBusy)??;
+        let translations: Vec<_> = translations.into_iter().flatten().collect();
+        Ok(first_pages::kernel_image(&self.parts.ram, &translations))
+    }
+
     /// Turns the dirty log on: every write from now on is noted. The first pass then sends all pages
     /// (see [`Machine::dirty_clear`]).
     ///
@@ -384,7 +400,7 @@ fn set_mtrr_default(vcpu: &VcpuFd) {
 /// The rest of an export, on the thread of the vCPU that was read last.
 fn export(parts: &Parts, vcpus: Vec<SavedVcpu>) -> Result<Exported, VmmError> {
     let (vcpus, roots): (Vec<_>, Vec<_>) = vcpus.into_iter().unzip();
-    let first_touched = first_touched(&parts.ram, &roots);
+    let first_touched = first_pages::first_touched(&parts.ram, &roots);
     let save = |(_, slot): (u32, &super::virtio::Slot)| Ok((slot.kind(), slot.save()?));
     let virtio = parts.bus.virtio.iter().map(save).collect::<Result<_, VmmError>>()?;
     let vm = VmParts {
@@ -399,19 +415,6 @@ fn export(parts: &Parts, vcpus: Vec<SavedVcpu>) -> Result<Exported, VmmError> {
     // be killed at any time, and must have nothing left of it.
     parts.bus.serial.drain();
     Ok(Exported { state, first_touched })
-}
-
-/// The pages that restoring the vCPUs touches, then those that they touch first, each once.
-fn first_touched(ram: &GuestRam, roots: &[Roots]) -> Vec<PageIndex> {
-    let read = |at: u64| {
-        let mut bytes = [0; 8];
-        ram.read(GuestPhysAddr(at), &mut bytes).ok().map(|()| u64::from_le_bytes(bytes))
-    };
-    let shared = roots.iter().flat_map(|r| r.shared().iter().copied());
-    let first = roots.iter().flat_map(|r| r.first(read));
-    let mut seen = std::collections::HashSet::new();
-    let pages = shared.chain(first).filter_map(|at| ram.map().page_of(GuestPhysAddr(at)));
-    pages.filter(|page| seen.insert(*page)).collect()
 }
 
 type Import = (Vec<super::x86::restore::VcpuImage>, clock::TscRule);

@@ -1,7 +1,7 @@
 //! The virtual machine: KVM, vCPU threads, boot, devices, saving and restoring.
 //!
-//! [`Machine`] is what the service thread holds. None of its calls waits for a vCPU: what takes time
-//! is asked for (`request_…`) and answered by a [`Notice`].
+//! [`Machine`] is what the service thread holds. No call of that thread's waits for a vCPU: what takes
+//! time is asked for (`request_…`) and answered by a [`Notice`], or done beside the loop.
 
 pub mod boot;
 mod config;
@@ -9,6 +9,7 @@ pub mod devices;
 mod dirty;
 mod error;
 mod fault;
+mod first_pages;
 mod host;
 mod machine;
 pub mod memory;

@@ -3,6 +3,9 @@
 // segments, .bss larger than the file) at 4 MiB, page tables inside the image, one vCPU, a full-size
 // I/O bitmap, no command line, no clock but the TSC.
 //
+// At the end of the addresses, where kernels have themselves, it has 10 MiB once more, not for ring 3: the 2 MiB of its
+// image, and the first 8 MiB of the area below, which are written to all the time.
+//
 // In ring 3 it goes round the 32 MiB from 16 MiB on: checks that every word of a page still holds
 // what it wrote there in the last pass, writes new values, and after every 64 pages prints `tick N`.
 // A word that is wrong: `BAD address`, then reset (i8042, or else a triple fault).
@@ -33,6 +36,14 @@ _start:
     incl %ecx
     cmpl $(AREA_END >> 21), %ecx
     jb 1b
+
+    movl $(upper_pdpt + 3), pml4 + 511 * 8
+    movl $(upper_pd + 3), upper_pdpt + 510 * 8
+    movl $(0x400000 + 0x83), upper_pd       // present, writable, 2 MiB
+    movl $(AREA + 0x83), upper_pd + 8
+    movl $(AREA + 0x200083), upper_pd + 16
+    movl $(AREA + 0x400083), upper_pd + 24
+    movl $(AREA + 0x600083), upper_pd + 32
 
     movl $tss, %eax                 // the base in the TSS descriptor
     movw %ax, gdt_tss + 2
@@ -196,6 +207,10 @@ pml4:
 pdpt:
     .skip 4096
 pd:
+    .skip 4096
+upper_pdpt:
+    .skip 4096
+upper_pd:
     .skip 4096
     .skip 4096
 stack_top:

@@ -55,3 +55,21 @@ pub fn check_beats(hosts: &[&Host]) {
     let before = check_story(hosts);
     until("more heartbeats", || (check_story(hosts) >= before + 3).then_some(()));
 }
+
+/// Waits until the guest of tests/guests/other.S has ticked so often, and checks that no tick is missing or twice.
+pub fn await_ticks(hosts: &[&Host], count: u64) {
+    until("the guest ticks", || (ticks(hosts) >= count).then_some(()));
+}
+
+/// How often it has ticked.
+pub fn ticks(hosts: &[&Host]) -> u64 {
+    let text = output(hosts);
+    let mut next = None;
+    for line in lines(&text).filter(|l| *l != "other: up") {
+        let tick = line.strip_prefix("tick ").and_then(|n| n.parse().ok());
+        let tick: u64 = tick.unwrap_or_else(|| panic!("the guest says: {line}"));
+        assert!(next.is_none_or(|n| n == tick), "ticks are not in order, near {line:?}");
+        next = Some(tick + 1);
+    }
+    next.unwrap_or(0)
+}

@@ -1,7 +1,6 @@
 //! Migrations that succeed: shapes of guests, ways to connect, options, and what is told of them.
 
-use crate::guest::{check_alive, check_beats, output};
-use crate::program::until;
+use crate::guest::{await_ticks, check_alive, check_beats, ticks};
 use crate::scene::{Host, Scene, binary, kvm, vmctl};
 
 /// Moves the guest of `a` to a new receiver `b` and checks all of it.
@@ -190,22 +189,4 @@ fn another_guest_than_the_built_in_one() {
     let moved_at = ticks(&[&a, &b]);
     await_ticks(&[&a, &b], moved_at + 300);
     b.await_running();
-}
-
-/// Waits until that guest has ticked so often, and checks that no tick is missing or twice.
-fn await_ticks(hosts: &[&Host], count: u64) {
-    until("the guest ticks", || (ticks(hosts) >= count).then_some(()));
-}
-
-fn ticks(hosts: &[&Host]) -> u64 {
-    let text = output(hosts);
-    let lines = text.split_inclusive('\n').filter_map(|l| l.strip_suffix('\n'));
-    let mut next = None;
-    for line in lines.filter(|l| *l != "other: up") {
-        let tick = line.strip_prefix("tick ").and_then(|n| n.parse().ok());
-        let tick: u64 = tick.unwrap_or_else(|| panic!("the guest says: {line}"));
-        assert!(next.is_none_or(|n| n == tick), "ticks are not in order, near {line:?}");
-        next = Some(tick + 1);
-    }
-    next.unwrap_or(0)
 }

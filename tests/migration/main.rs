@@ -28,3 +28,4 @@ mod receiver;
 mod recovery;
 mod sandbox;
 mod switchover;
+mod warm_up;

@@ -76,6 +76,11 @@ impl Client {
         Ok((pages, self.one_fd("dirty-start", fds)?))
     }
 
+    /// `kernel-image`
+    pub fn kernel_image(&mut self) -> Result<DirtyPages, ClientError> {
+        self.ask(&Request::KernelImage)
+    }
+
     /// `dirty-take`
     pub fn dirty_take(&mut self) -> Result<DirtyPages, ClientError> {
         self.ask(&Request::DirtyTake)

@@ -23,6 +23,7 @@ pub(super) enum Chore {
     Prepare,
     DirtyStart,
     DirtyStop,
+    KernelImage,
     Confine,
 }
 
@@ -35,6 +36,7 @@ impl Chore {
             Self::Prepare => "the machine to be made",
             Self::DirtyStart => "the dirty log to be turned on",
             Self::DirtyStop => "the dirty log to be turned off",
+            Self::KernelImage => "the guest's kernel to be found",
             Self::Confine => "a thread to be confined",
         }
     }
@@ -114,6 +116,7 @@ fn stall(chore: Chore) {
         Chore::Prepare => "prepare",
         Chore::DirtyStart => "dirty-start",
         Chore::DirtyStop => "dirty-stop",
+        Chore::KernelImage => "kernel-image",
         Chore::Confine => "confine",
     };
     if let Some(fifo) = stall.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')) {

@@ -91,6 +91,18 @@ impl Hosted {
         Ok(count)
     }
 
+    /// Writes `pages` into the shared bitmap; gives their number.
+    pub fn share_pages(&mut self, pages: &PageSet) -> Result<u64, Failure> {
+        let written = self.dirty_share()?.memfd.write_all_at(pages.words().as_bytes(), 0);
+        written.map_err(|e| failed(format!("cannot write the dirty bitmap: {e}")))?;
+        Ok(pages.count())
+    }
+
+    /// The bitmap that is shared with the mover.
+    pub fn dirty_share(&mut self) -> Result<&mut DirtyShare, Failure> {
+        self.dirty.as_mut().ok_or_else(dirty_log_off)
+    }
+
     pub fn dirty_clear(&self, first: PageIndex, pages: u64) -> Result<(), Failure> {
         let share = self.dirty.as_ref().ok_or_else(dirty_log_off)?;
         if first.0.checked_add(pages).is_none_or(|end| end > share.pages) {

@@ -245,6 +245,7 @@ impl Service {
             }
             Request::Attach { session, dest } => self.attach(from, session, dest),
             Request::DirtyStart => self.dirty_start(from),
+            Request::KernelImage => self.kernel_image(from),
             Request::DirtyTake => self.dirty_take(from),
             Request::DirtyClear { first, pages } => self.dirty_clear(from, first, pages),
             Request::DirtyPutBack => self.dirty_put_back(from),

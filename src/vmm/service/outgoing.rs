@@ -87,6 +87,25 @@ impl Service {
         })
     }
 
+    pub(super) fn kernel_image(&mut self, from: ConnectionId) -> Handled {
+        let hosted = self.attached(from)?;
+        hosted.dirty_share()?;
+        // A vCPU has one job at a time.
+        if matches!(hosted.activity, Activity::Exporting(_) | Activity::Importing) {
+            return Err(Failure::new(FailureCode::Busy, "the guest is being saved or restored"));
+        }
+        let machine = Arc::clone(&hosted.machine);
+        self.start(Chore::KernelImage, move || {
+            let image = machine.kernel_image();
+            Box::new(move |service: &mut Self| {
+                let image =
+                    image.map_err(|e| failed(format!("the guest's kernel is not to be found: {e}")))?;
+                let pages = service.live_mut()?.share_pages(&image)?;
+                Reply::now(DirtyPages { pages })
+            })
+        })
+    }
+
     pub(super) fn dirty_take(&mut self, from: ConnectionId) -> Handled {
         let pages = self.attached(from)?.dirty_take()?;
         Reply::now(DirtyPages { pages })

@@ -182,6 +182,11 @@ impl VcpuGroup {
         }
     }
 
+    /// Gives each vCPU a job at once: one in guest mode leaves it for that, and goes back.
+    pub fn interrupt(&self, mut job: impl FnMut() -> Job) {
+        self.common.slots.iter().for_each(|slot| slot.tell(|mailbox| mailbox.job = Some(job())));
+    }
+
     /// A handle for [`VcpuGroup::assign`] on another thread.
     pub fn assigner(&self) -> impl FnOnce(Vec<Job>) + Send + 'static {
         let common = Arc::clone(&self.common);

@@ -12,6 +12,7 @@ use crate::sys::kick::{self, KickGuard};
 use crate::sys::sandbox::{self, Role};
 use crate::vmm::devices::Bus;
 use crate::vmm::x86::clock::TscRule;
+use crate::vmm::x86::paging::{Paging, Sregs};
 use crate::vmm::x86::restore::{FaultTrap, VcpuImage};
 use crate::vmm::x86::save::{self, VcpuLayout};
 use crate::vmm::x86::touched::Roots;
@@ -27,10 +28,12 @@ const SYSTEM_EVENT_RESET: u32 = 2;
 /// A vCPU that was read: its section of the saved state, and what leads to the pages it touches first.
 pub type SavedVcpu = (Section, Roots);
 
-/// Work for a parked vCPU.
+/// Work for a vCPU that is not in guest mode.
 pub enum Job {
     /// Reads all of its state.
     Save(Arc<VcpuLayout>, Arc<Round<SavedVcpu>>),
+    /// Says how the guest's addresses are translated at this moment.
+    Translation(Arc<Round<Option<Paging>>>),
     /// Puts a saved state into KVM.
     Load(Box<VcpuImage>, TscRule, Arc<FaultTrap>, Arc<Round<()>>),
 }
@@ -155,6 +158,10 @@ impl VcpuThread {
     fn work(&mut self, job: Job) {
         match job {
             Job::Save(layout, round) => round.bring(self.number, self.save(&layout)),
+            Job::Translation(round) => {
+                let sregs = self.fd.get_sregs().map_err(VmmError::kvm("KVM_GET_SREGS"));
+                round.bring(self.number, sregs.map(|sregs| Sregs::from(sregs).paging()));
+            }
             Job::Load(image, tsc, trap, round) => {
                 self.has_run = true;
                 round.bring(self.number, image.restore(&self.fd, &tsc, &trap));

@@ -5,6 +5,7 @@ pub mod cpuid;
 pub mod features;
 pub mod irqchip;
 pub mod msrs;
+pub mod paging;
 pub mod registers;
 pub mod restore;
 pub mod save;

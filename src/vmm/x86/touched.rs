@@ -2,11 +2,13 @@
 //! while the state is restored, and those that its registers point to, with the page tables that lead
 //! there. In postcopy they go ahead of the guest.
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_sregs2};
+use kvm_bindings::kvm_regs;
 
 use crate::memory::PAGE_BYTES;
-use crate::state::{SpecialRegisters, VcpuState};
+use crate::state::VcpuState;
 use crate::sys::pod;
+
+use super::paging::{EFER_LMA, Paging, Sregs};
 
 /// MSRs that hold a guest-physical address (Documentation/virt/kvm/x86/msr.rst), with the bits that
 /// are none of it. Bit 0 says that it is in use, but for the wall clock's, which have no such bit.
@@ -26,15 +28,6 @@ const CODE_PAGES: u64 = 8;
 /// How far below the stack pointer the first pushes reach.
 const PUSHED_BYTES: u64 = 256;
 
-const CR0_PG: u64 = 1 << 31;
-const CR4_PSE: u64 = 1 << 4;
-const CR4_PAE: u64 = 1 << 5;
-const CR4_LA57: u64 = 1 << 12;
-const EFER_LMA: u64 = 1 << 10;
-const PRESENT: u64 = 1;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-
 /// What of one vCPU's state leads to pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Roots {
@@ -44,31 +37,6 @@ pub struct Roots {
     linear: Vec<u64>,
     paging: Option<Paging>,
 }
-
-/// How linear addresses are translated (SDM vol. 3, chapter 5).
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Paging {
-    table: u64,
-    levels: &'static [Level],
-    entry_bytes: u64,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct Level {
-    shift: u32,
-    bits: u32,
-    may_be_large: bool,
-}
-
-const fn level(shift: u32, bits: u32, may_be_large: bool) -> Level {
-    Level { shift, bits, may_be_large }
-}
-
-const FIVE_LEVELS: [Level; 5] =
-    [level(48, 9, false), level(39, 9, false), level(30, 9, true), level(21, 9, true), level(12, 9, false)];
-const PAE: [Level; 3] = [level(30, 2, false), level(21, 9, true), level(12, 9, false)];
-const LEGACY: [Level; 2] = [level(22, 10, false), level(12, 10, false)];
-const LEGACY_PSE: [Level; 2] = [level(22, 10, true), level(12, 10, false)];
 
 impl Roots {
     /// From a saved state; what is not of this program's making leads nowhere.
@@ -118,98 +86,15 @@ impl Roots {
     }
 }
 
-impl Paging {
-    /// The entries on the way to a linear address, then what it is translated to.
-    fn walk(&self, linear: u64, read: impl Fn(u64) -> Option<u64>) -> Vec<u64> {
-        let mut touched = Vec::new();
-        let mut table = self.table;
-        for level in self.levels {
-            let index = linear >> level.shift & ((1 << level.bits) - 1);
-            let at = table + index * self.entry_bytes;
-            touched.push(at);
-            let Some(bytes) = read(at) else { return touched };
-            let entry = if self.entry_bytes == 4 { bytes & u64::from(u32::MAX) } else { bytes };
-            if entry & PRESENT == 0 {
-                return touched;
-            }
-            table = entry & ADDRESS;
-            if level.shift == 12 || (level.may_be_large && entry & LARGE != 0) {
-                let inside = (1 << level.shift) - 1;
-                touched.push(table & !inside | linear & inside);
-                return touched;
-            }
-        }
-        touched
-    }
-}
-
-/// What both forms of the special registers have.
-#[derive(Default)]
-struct Sregs {
-    cs: kvm_segment,
-    ss: kvm_segment,
-    fs: kvm_segment,
-    gs: kvm_segment,
-    tr: kvm_segment,
-    gdt: u64,
-    idt: u64,
-    cr0: u64,
-    cr3: u64,
-    cr4: u64,
-    efer: u64,
-}
-
-macro_rules! sregs {
-    ($from:expr) => {{
-        let s = $from;
-        Sregs {
-            cs: s.cs,
-            ss: s.ss,
-            fs: s.fs,
-            gs: s.gs,
-            tr: s.tr,
-            gdt: s.gdt.base,
-            idt: s.idt.base,
-            cr0: s.cr0,
-            cr3: s.cr3,
-            cr4: s.cr4,
-            efer: s.efer,
-        }
-    }};
-}
-
-impl Sregs {
-    fn of(saved: &SpecialRegisters) -> Self {
-        match saved {
-            SpecialRegisters::Sregs(raw) => pod::from_bytes::<kvm_sregs>(&raw.0).map(|s| sregs!(s)),
-            SpecialRegisters::Sregs2(raw) => pod::from_bytes::<kvm_sregs2>(&raw.0).map(|s| sregs!(s)),
-        }
-        .unwrap_or_default()
-    }
-
-    fn paging(&self) -> Option<Paging> {
-        if self.cr0 & CR0_PG == 0 {
-            return None;
-        }
-        let (levels, entry_bytes, mask): (&'static [Level], _, _) = if self.efer & EFER_LMA != 0 {
-            (&FIVE_LEVELS[usize::from(self.cr4 & CR4_LA57 == 0)..], 8, ADDRESS)
-        } else if self.cr4 & CR4_PAE != 0 {
-            (&PAE, 8, 0xffff_ffe0)
-        } else if self.cr4 & CR4_PSE != 0 {
-            (&LEGACY_PSE, 4, 0xffff_f000)
-        } else {
-            (&LEGACY, 4, 0xffff_f000)
-        };
-        Some(Paging { table: self.cr3 & mask, levels, entry_bytes })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
 
+    use kvm_bindings::kvm_sregs;
+
+    use super::super::paging::*;
     use super::*;
-    use crate::state::{HexBytes, MsrValue};
+    use crate::state::{HexBytes, MsrValue, SpecialRegisters};
 
     fn state(regs: kvm_regs, sregs: kvm_sregs, msrs: &[(u32, u64)]) -> VcpuState {
         VcpuState {

@@ -1,0 +1,135 @@
+//! What goes ahead of a guest in postcopy. The guest is that of tests/guests/other.S: where a kernel would be it has 10
+//! MiB, of which it writes to 8 all the time.
+
+use nix::sys::signal::Signal;
+
+use crate::guest::{await_ticks, ticks};
+use crate::program::{End, Program};
+use crate::proxy::Proxy;
+use crate::scene::{Host, Receiver, Scene, Vmrun, kvm, vmctl};
+
+/// Pages of its kernel that are written to; the others are few, and none of them is.
+const WRITTEN_PAGES: u64 = 2048;
+/// It takes 8 seconds to send them.
+const SLOW: &[&str] = &["--mode", "postcopy", "--bwlimit", "1M", "--warm-up", "10m"];
+
+struct Moving {
+    a: Vmrun,
+    b: Receiver,
+    link: Proxy,
+    scene: Scene,
+}
+
+impl Moving {
+    fn new() -> Self {
+        let scene = Scene::new();
+        // In a huge page all others would be there as well.
+        let a = scene.vmrun("a", &["--kernel", env!("OTHER_ELF"), "--memory", "64M", "--hugepages", "4K"]);
+        // Each pass over its memory is 128 ticks; on the second it begins to check.
+        await_ticks(&[&a], 200);
+        let b = scene.receiver("b", &[]);
+        let link = Proxy::to(&b.address);
+        Self { a, b, link, scene }
+    }
+
+    fn send(&self, args: &[&str]) -> Program {
+        self.scene.send(&self.a, &self.link.address, args)
+    }
+
+    /// The guest has moved and is whole. Gives how many pages went ahead of it.
+    #[track_caller]
+    fn check_moved(&mut self, end: &End) -> u64 {
+        let result = end.expect(0, &[]).result();
+        let arrived = self.b.program.end();
+        for count in ["data_pages", "zero_pages"] {
+            assert_eq!(result[count], arrived.expect(0, &[]).result()[count], "{count}");
+        }
+        self.b.await_running();
+        let hosts: [&Host; 2] = [&self.a, &self.b];
+        await_ticks(&hosts, ticks(&hosts) + 300);
+        result["warm_up_pages"].as_u64().unwrap()
+    }
+
+    /// The guest has stayed, and nobody logs its pages.
+    #[track_caller]
+    fn check_stayed(&self) {
+        self.a.await_status("no trace of the migration", |s| !s.mover_attached && !s.dirty_log);
+        self.a.await_running();
+        await_ticks(&[&self.a], ticks(&[&self.a]) + 300);
+    }
+}
+
+/// Waits until pages go ahead.
+fn await_warm_up(send: &mut Program) {
+    send.await_line("pages go ahead", |line| {
+        let progress = &line["progress"];
+        (progress["phase"] == "warm-up" && progress["sent_bytes"].as_u64()? > 0).then_some(())
+    });
+}
+
+#[test]
+fn the_kernel_goes_ahead_and_what_was_written_meanwhile_goes_once_more() {
+    if !kvm() {
+        return;
+    }
+    // It takes a second, and the guest goes over all its memory meanwhile: that would be in vain.
+    let mut slowly = Moving::new();
+    let end = slowly.send(&["--mode", "postcopy", "--bwlimit", "8M"]).end();
+    let kernel = slowly.check_moved(&end);
+    assert!((WRITTEN_PAGES..WRITTEN_PAGES + 64).contains(&kernel), "{kernel} pages");
+    // It takes a few milliseconds.
+    let mut fast = Moving::new();
+    let end = fast.send(&["--mode", "postcopy"]).end();
+    let both = fast.check_moved(&end);
+    assert!(kernel < both && both <= 2 * kernel, "{both} pages, of which {kernel} are the kernel's");
+}
+
+#[test]
+fn nothing_goes_ahead_of_who_has_no_time_for_it() {
+    if !kvm() {
+        return;
+    }
+    let mut moving = Moving::new();
+    let end = moving.send(&["--mode", "postcopy", "--warm-up", "0s"]).end();
+    assert_eq!(moving.check_moved(&end), 0);
+}
+
+#[test]
+fn it_is_cut_short_by_its_time_by_the_timeout_and_by_the_operator() {
+    if !kvm() {
+        return;
+    }
+    for limit in [&["--warm-up", "100ms"][..], &["--warm-up", "10m", "--timeout", "100ms"]] {
+        let mut moving = Moving::new();
+        let end = moving.send(&[&["--mode", "postcopy", "--bwlimit", "4M"], limit].concat()).end();
+        let ahead = moving.check_moved(&end);
+        assert!(ahead < WRITTEN_PAGES, "{ahead} pages");
+    }
+    let mut moving = Moving::new();
+    let socket = moving.scene.path("send.sock");
+    let mut send = moving.send(&[SLOW, &["--control", socket.to_str().unwrap()]].concat());
+    await_warm_up(&mut send);
+    vmctl(&socket, &["set", "--bwlimit", "8M"]).expect(0, &[]);
+    vmctl(&socket, &["switch-now"]).expect(0, &[]);
+    let ahead = moving.check_moved(&send.end());
+    assert!((1..WRITTEN_PAGES).contains(&ahead), "{ahead} pages");
+}
+
+// Rows 3 and 26.
+#[test]
+fn a_guest_behind_its_kernel_stays_if_that_fails() {
+    if !kvm() {
+        return;
+    }
+    let moving = Moving::new();
+    let mut send = moving.send(SLOW);
+    await_warm_up(&mut send);
+    send.signal(Signal::SIGINT);
+    send.end().expect(130, &["the source has the guest"]);
+    moving.check_stayed();
+    let mut send = moving.send(SLOW);
+    await_warm_up(&mut send);
+    moving.link.cut();
+    send.end().expect(5, &["the source has the guest"]);
+    moving.check_stayed();
+}
