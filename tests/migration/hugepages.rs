@@ -18,7 +18,7 @@ const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 /// More huge pages while this lives; one test at a time has them. A process of its own gives them back
 /// when this is gone, also where the test was killed.
-struct Pool {
+pub struct Pool {
     guard: Child,
     /// Its end is what the guard waits for.
     alive: Option<ChildStdin>,
@@ -30,7 +30,7 @@ struct Pool {
 const GIVE_BACK: &str = "trap '' INT TERM HUP; read -r _; echo \"$1\" > \"$0\"";
 
 impl Pool {
-    fn with(pages: u64) -> Option<Self> {
+    pub fn with(pages: u64) -> Option<Self> {
         let file = File::create(std::env::temp_dir().join("vmferry-hugepages.lock")).ok()?;
         let lock = Flock::lock(file, FlockArg::LockExclusive).ok()?;
         let before = fs::read_to_string(POOL).unwrap_or_default().trim().to_owned();

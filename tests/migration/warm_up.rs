@@ -4,9 +4,10 @@
 use nix::sys::signal::Signal;
 
 use crate::guest::{await_ticks, ticks};
+use crate::hugepages::Pool;
 use crate::program::{End, Program};
 use crate::proxy::Proxy;
-use crate::scene::{Host, Receiver, Scene, Vmrun, kvm, vmctl};
+use crate::scene::{Host, Receiver, Scene, Vmrun, binary, kvm, vmctl};
 
 /// Pages of its kernel that are written to; the others are few, and none of them is.
 const WRITTEN_PAGES: u64 = 2048;
@@ -20,14 +21,31 @@ struct Moving {
     scene: Scene,
 }
 
+/// The guest, in small pages: in a huge one all others would be there as well.
+fn guest(scene: &Scene) -> Vmrun {
+    let a = scene.vmrun("a", &["--kernel", env!("OTHER_ELF"), "--memory", "64M", "--hugepages", "4K"]);
+    // Each pass over its memory is 128 ticks; on the second it begins to check.
+    await_ticks(&[&a], 200);
+    a
+}
+
+/// It has moved, and all its memory is right.
+#[track_caller]
+fn check_whole(hosts: [&Host; 2]) {
+    hosts[1].await_running();
+    await_ticks(&hosts, ticks(&hosts) + 300);
+}
+
 impl Moving {
     fn new() -> Self {
+        Self::to(&[])
+    }
+
+    /// With arguments for the receiver.
+    fn to(args: &[&str]) -> Self {
         let scene = Scene::new();
-        // In a huge page all others would be there as well.
-        let a = scene.vmrun("a", &["--kernel", env!("OTHER_ELF"), "--memory", "64M", "--hugepages", "4K"]);
-        // Each pass over its memory is 128 ticks; on the second it begins to check.
-        await_ticks(&[&a], 200);
-        let b = scene.receiver("b", &[]);
+        let a = guest(&scene);
+        let b = scene.receiver("b", args);
         let link = Proxy::to(&b.address);
         Self { a, b, link, scene }
     }
@@ -44,9 +62,7 @@ impl Moving {
         for count in ["data_pages", "zero_pages"] {
             assert_eq!(result[count], arrived.expect(0, &[]).result()[count], "{count}");
         }
-        self.b.await_running();
-        let hosts: [&Host; 2] = [&self.a, &self.b];
-        await_ticks(&hosts, ticks(&hosts) + 300);
+        check_whole([&self.a, &self.b]);
         result["warm_up_pages"].as_u64().unwrap()
     }
 
@@ -82,6 +98,33 @@ fn the_kernel_goes_ahead_and_what_was_written_meanwhile_goes_once_more() {
     let end = fast.send(&["--mode", "postcopy"]).end();
     let both = fast.check_moved(&end);
     assert!(kernel < both && both <= 2 * kernel, "{both} pages, of which {kernel} are the kernel's");
+}
+
+#[test]
+fn the_kernel_goes_ahead_on_the_only_connection_as_well() {
+    if !kvm() {
+        return;
+    }
+    let scene = Scene::new();
+    let (a, b) = (guest(&scene), scene.host("b"));
+    let (control, log) = (b.control.display(), b.log.display());
+    let dest = format!("exec:{} --control {control} --serial file:{log} -", binary("vmrecv"));
+    let end = scene.send(&a, &dest, &["--mode", "postcopy"]).end();
+    let ahead = end.expect(0, &[]).result()["warm_up_pages"].as_u64().unwrap();
+    assert!(ahead >= WRITTEN_PAGES, "{ahead} pages");
+    check_whole([&a, &b]);
+}
+
+#[test]
+fn the_kernel_goes_ahead_into_huge_pages() {
+    let Some(_pool) = kvm().then(|| Pool::with(64)).flatten() else { return };
+    for pages in ["2M", "thp"] {
+        let mut moving = Moving::to(&["--hugepages", pages]);
+        let end = moving.send(&["--mode", "postcopy"]).end();
+        let ahead = moving.check_moved(&end);
+        assert!(ahead >= WRITTEN_PAGES, "{ahead} pages");
+        assert_eq!(moving.b.status().ram_pages.map(|p| p.to_string()).as_deref(), Some(pages));
+    }
 }
 
 #[test]

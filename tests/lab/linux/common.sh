@@ -1,8 +1,10 @@
 # Both hosts of the scenario: a Linux guest goes A → B → A.
 # MODE precopy, hybrid or postcopy; CPUS; MEMORY; DEVICES=0 leaves out disks and network; VSOCK=1 adds sockets
 # between host and guest; VMM=qemu moves it with QEMU, to compare with; SYSTEM=debian is a guest with systemd;
-# SEND_WORDS are more words for vmsend, VMRUN_WORDS for vmrun.
+# SEND_WORDS are more words for vmsend, VMRUN_WORDS for vmrun; POSTCOPY_AFTER are the seconds of precopy before
+# QEMU's postcopy.
 : "${MODE:=precopy}" "${CPUS:=1}" "${MEMORY:=256M}" "${DEVICES:=1}" "${VSOCK:=0}" "${LEG_BEATS:=40}" "${VMM:=vmferry}" "${SYSTEM:=small}"
+: "${POSTCOPY_AFTER:=0.5}"
 guest_ip=10.77.0.9 guest_mac=52:54:00:77:01:09
 # How much the guest's clock may change against its host's by a move.
 clock_limit_ms=50

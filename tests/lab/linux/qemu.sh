@@ -32,7 +32,7 @@ received() { :; }
 send() { # send SOCKET
   local limits='{"max-bandwidth":1000000000,"downtime-limit":300}' uri="{\"uri\":\"tcp:$LAB_PEER_IP:7070\"}" after=() capable=(events)
   if [ "$MODE" != precopy ]; then
-    after=(postcopy-after=0.5)
+    after=("postcopy-after=$POSTCOPY_AFTER")
     capable+=(postcopy-ram)
   fi
   qmp "$1" migrate-set-capabilities "$(capabilities "${capable[@]}")" migrate-set-parameters "$limits" migrate "$uri" await-migration "${after[@]}" >/out/send.json || { cat /out/send.json; die "QEMU did not send"; }
