@@ -317,7 +317,7 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
         ("revoked".into(), revoked.0),
         ("in-doubt".into(), in_doubt.0),
         ("postcopy".into(), fetch.0),
-        ("warm-up".into(), goes_over(pass(warm(0), 1)).0),
+        ("warm-up".into(), goes_over(pass(pass(warm(0), 1), 2)).0),
         ("warm-up-refused".into(), goes_over(warm(IMAGE_FAILS)).0),
         ("warm-up-lost".into(), lost(wait(warm(0), FrameType::Barrier)).0),
         ("postcopy-again".into(), leave(all(again)).0),

@@ -27,6 +27,8 @@ use super::messages::machine;
 const MOST_RAM: u64 = 4 << 20;
 /// The RAM of its guest, when it has one from the start.
 pub const RAM_BYTES: u64 = 1 << 20;
+/// The page that it writes to while its kernel goes ahead.
+const WRITTEN: u64 = 1 << 3;
 /// The pages of its kernel, one bit each.
 const KERNEL_IMAGE: u64 = 0xff01;
 /// Of the requests that are told to fail, the one by which a guest is given up.
@@ -70,6 +72,8 @@ struct Vm {
     is_last_set_taken: bool,
     /// The bitmap that a mover shares, while the dirty log is on.
     bitmap: Option<File>,
+    /// The guest has written a page since its kernel was told.
+    has_written: bool,
 }
 
 impl Vmrun {
@@ -82,6 +86,7 @@ impl Vmrun {
             uffd: None,
             is_last_set_taken: false,
             bitmap: None,
+            has_written: false,
         })
     }
 
@@ -92,7 +97,15 @@ impl Vmrun {
             ram.write(GuestPhysAddr(page << 12), &[page as u8 + 1; 4096]).expect("it is RAM");
         }
         let seen = Seen { ownership: Ownership::booted(), has_run: true, paused: false };
-        Self::start(Vm { seen, faults, ram: Some(ram), uffd: None, is_last_set_taken: false, bitmap: None })
+        Self::start(Vm {
+            seen,
+            faults,
+            ram: Some(ram),
+            uffd: None,
+            is_last_set_taken: false,
+            bitmap: None,
+            has_written: false,
+        })
     }
 
     fn start(vm: Vm) -> Self {
@@ -202,12 +215,14 @@ impl Vm {
             }
             Request::KernelImage => {
                 self.share(KERNEL_IMAGE)?;
+                self.has_written = true;
                 said(&DirtyPages { pages: KERNEL_IMAGE.count_ones().into() }, Vec::new())
             }
-            // Nothing is ever dirtied.
+            // Nothing else is ever dirtied.
             Request::DirtyTake => {
                 self.is_last_set_taken = true;
-                self.share(0)?;
+                let written = if std::mem::take(&mut self.has_written) { WRITTEN } else { 0 };
+                self.share(written)?;
                 said(&DirtyPages { pages: 0 }, Vec::new())
             }
             Request::Pause { .. } => {
