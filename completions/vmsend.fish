@@ -2,7 +2,7 @@ complete -c vmsend -l vm -d 'Control socket of the vmrun that has the guest' -r 
 complete -c vmsend -l control -d 'Make a control socket for vmctl: progress, set, switch-now, cancel, events' -r -F
 complete -c vmsend -l mode -d 'When pages are sent' -r -f -a "precopy\t'All before the guest runs at the destination'
 hybrid\t'Passes first; what they cannot keep up with, after it'
-postcopy\t'All after it: the guest moves at once and fetches its pages as it needs them'"
+postcopy\t'All after it, but its kernel: the guest moves at once and fetches its pages as it needs them'"
 complete -c vmsend -l downtime -d 'Let the guest stand still for no longer than this' -r
 complete -c vmsend -l timeout -d 'After this time, do what --on-timeout says; no limit by default' -r
 complete -c vmsend -l max-passes -d 'After this many passes, do what --on-timeout says; no limit by default' -r

@@ -203,7 +203,7 @@ pub enum ModeArg {
     Precopy,
     /// Passes first; what they cannot keep up with, after it
     Hybrid,
-    /// All after it: the guest moves at once and fetches its pages as it needs them
+    /// All after it, but its kernel: the guest moves at once and fetches its pages as it needs them
     Postcopy,
 }
 

@@ -57,7 +57,7 @@ pub struct MoverSettings {
 /// How far it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoverProgress {
-    /// What is being done: `connect`, `precopy`, `switchover`, `reconnect`, `postcopy`, `done`.
+    /// What is being done: `connect`, `precopy`, `warm-up`, `switchover`, `reconnect`, `postcopy`, `done`.
     pub phase: String,
     /// Where the guest goes.
     pub dest: String,

@@ -47,7 +47,7 @@ pub enum Mode {
     Precopy,
     /// Passes first; what they cannot keep up with, after it.
     Hybrid,
-    /// All after it.
+    /// All after it, but what goes ahead in the warm-up.
     Postcopy,
 }
 

@@ -56,7 +56,7 @@ impl Settings {
         self.lock().policy.downtime = downtime;
     }
 
-    /// Switch over after the pass under way, whatever the downtime.
+    /// Switch over after the pass under way, whatever the downtime; where the rest may follow, that pass ends at once.
     pub fn switch_now(&self) {
         self.lock().policy.switch_now = true;
     }

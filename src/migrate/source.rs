@@ -81,7 +81,7 @@ pub struct Migration<'a> {
     pub(super) latency: Option<serde_json::Value>,
     may_postcopy: bool,
     /// Pages that are known to be lacking at the destination: taken from the dirty log and not sent since;
-    /// postcopy at once: those that had memory just before the pause.
+    /// postcopy at once: those that had memory while the guest still ran and were not sent ahead.
     pub(super) unsent: Option<PageSet>,
     /// Postcopy: the pages that the destination has been told to be missing.
     pub(super) named: Option<PageSet>,
